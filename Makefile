@@ -1,0 +1,42 @@
+# make demo   train nothing, need nothing: a real circuit of the bundled model, with its audit and its page, in out/demo
+# make test   every test
+# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | figures
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRAS := fast,viz,search,test,dev
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test venv lint bench figures
+.DELETE_ON_ERROR:
+
+demo: venv
+	$(BIN)/sparse-interp demo --out out/demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+venv: $(VENV)/.installed
+
+# The stamp is written last, so it vouches for a whole installation. While `.installing` is there the environment is
+# half made, and the next attempt begins again from an empty one. The build backend is installed first, under the same
+# constraints, and nothing is fetched into an isolated build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@rm -f $@
+	@if [ -e $(VENV)/.installing ]; then $(PYTHON) -m venv --clear $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/.installing
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@mv $(VENV)/.installing $@
+	@touch $@
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	@set -e; for claim in benchmarks/*.py; do echo "== $$claim"; $(BIN)/python $$claim; done
+
+figures: venv
+	$(BIN)/sparse-interp figures --out out/figures
