@@ -88,7 +88,9 @@ class Table:
         ax.set_axis_off()
         shown = self.frame.head(ROWS_SHOWN).map(lambda cell: _number(cell) if isinstance(cell, float) else str(cell))
         if len(shown):
-            ax.table(shown.to_numpy().tolist(), colLabels=[str(c) for c in shown.columns], loc="center", edges="horizontal")
+            ax.table(
+                shown.to_numpy().tolist(), colLabels=[str(c) for c in shown.columns], loc="center", edges="horizontal"
+            )
         return ax
 
     def save(self, path: Path | str) -> Path:
@@ -246,7 +248,9 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -
         ax.plot(ends.x.to_numpy(), ends.y.to_numpy(), color=colour, linewidth=width, zorder=1)
     kinds = list(dict.fromkeys(nodes.kind))
     colour_of = {str(kind): COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    ax.scatter(nodes.x, nodes.y, c=[colour_of[str(k)] for k in nodes.kind], s=60, zorder=2, edgecolors=INK, linewidths=0.5)
+    ax.scatter(
+        nodes.x, nodes.y, c=[colour_of[str(k)] for k in nodes.kind], s=60, zorder=2, edgecolors=INK, linewidths=0.5
+    )
     for x, y, label in zip(nodes.x, nodes.y, nodes.label, strict=True):
         text = str(label).replace("$", r"\$")  # a label is text, never a formula
         ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7, color=INK)
