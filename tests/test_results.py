@@ -134,7 +134,7 @@ def test_an_interval_that_nothing_supports_is_refused(values, groups, message, g
 
 
 def test_an_interval_needs_a_level_between_none_and_all(generator):
-    with pytest.raises(ConfigError, match="got level=95.0"):
+    with pytest.raises(ConfigError, match=r"got level=95\.0"):
         bootstrap_interval(torch.ones(3), generator=generator, level=95.0)
 
 
