@@ -135,8 +135,8 @@ def split_documents(
     if not train or not validation:
         raise ConfigError(
             f"Splitting {len(documents)} documents at validation_frac={validation_frac} leaves {len(train)} for "
-            f"training and {len(validation)} for validation ({len(leaked)} went back as near duplicates); both need one "
-            "or more. Give more documents or another share."
+            f"training and {len(validation)} for validation ({len(leaked)} went back as near duplicates); both need "
+            "one or more. Give more documents or another share."
         )
     return train, validation
 
