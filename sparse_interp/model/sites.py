@@ -1,0 +1,145 @@
+"""Where things happen in a model, and which weights join which places.
+
+A *site* is a kind of place, a *node* one channel of a site in one layer, a *wire* the weights between two sites.
+This is the only file that spells hook names, and the table `WIRES` the only place that says what a weight joins.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_interp.errors import CircuitError
+from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.layers import Block
+
+
+class Site(NamedTuple):
+    """One kind of place whose channels are nodes."""
+
+    name: str
+    """What nodes, tables and files call it."""
+
+    hook: str
+    """Hook name; `{layer}` stands for the layer where there is one."""
+
+    per_head: bool
+    """Whether the activation there is [batch pos head d_head]; a node's channel counts head and d_head flat."""
+
+    def at(self, layer: int) -> str:
+        """Hook name in `layer`."""
+        return self.hook.format(layer=layer)
+
+
+ATTN_READ = Site("attn_read", "blocks.{layer}.attn.hook_in", False)
+Q = Site("q", "blocks.{layer}.attn.hook_q", True)
+K = Site("k", "blocks.{layer}.attn.hook_k", True)
+V = Site("v", "blocks.{layer}.attn.hook_v", True)
+ATTN_WRITE = Site("attn_write", "blocks.{layer}.hook_attn_out", False)
+MLP_READ = Site("mlp_read", "blocks.{layer}.mlp.hook_in", False)
+NEURON = Site("neuron", "blocks.{layer}.mlp.hook_post", False)
+MLP_WRITE = Site("mlp_write", "blocks.{layer}.hook_mlp_out", False)
+FINAL_READ = Site("final_read", "unembed.hook_in", False)
+
+BLOCK_SITES = (ATTN_READ, Q, K, V, ATTN_WRITE, MLP_READ, NEURON, MLP_WRITE)
+SITES = {site.name: site for site in (*BLOCK_SITES, FINAL_READ)}
+
+EMBED_HOOK = "hook_embed"
+BIGRAM_HOOK = "hook_bigram"
+PATTERN_HOOK = "blocks.{layer}.attn.hook_pattern"
+
+
+class Node(NamedTuple):
+    """One channel of one site. `final_read` has the layer number `n_layers`."""
+
+    layer: int
+    site: str
+    channel: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.site}.{self.channel}"
+
+
+class Place(NamedTuple):
+    """One site in one layer: a hook point whose channels are nodes."""
+
+    layer: int
+    site: str
+
+    @property
+    def hook(self) -> str:
+        """Name of the hook point."""
+        return SITES[self.site].at(self.layer)
+
+
+def places(cfg: ModelConfig) -> list[Place]:
+    """Every place of a model, in the order of its forward pass."""
+    blocks = [Place(layer, site.name) for layer in range(cfg.n_layers) for site in BLOCK_SITES]
+    return [*blocks, Place(cfg.n_layers, FINAL_READ.name)]
+
+
+def width(cfg: ModelConfig, site: str) -> int:
+    """Number of nodes that `site` has in one layer."""
+    assert cfg.d_mlp is not None
+    if site not in SITES:
+        raise CircuitError(f"{site!r} is no site; the sites are {', '.join(SITES)}.")
+    return {
+        "attn_read": cfg.d_read,
+        "mlp_read": cfg.d_read,
+        "q": cfg.n_heads * cfg.d_head,
+        "k": cfg.n_heads * cfg.d_head,
+        "v": cfg.n_heads * cfg.d_head,
+        "neuron": cfg.d_mlp,
+    }.get(site, cfg.d_model)
+
+
+def n_nodes(cfg: ModelConfig) -> int:
+    """Number of nodes of a model."""
+    return sum(width(cfg, place.site) for place in places(cfg))
+
+
+def flat(activation: Float[Tensor, "batch pos *channels"]) -> Float[Tensor, "batch pos width"]:
+    """An activation with its channels on one axis, as nodes count them; a view where memory allows."""
+    return activation.flatten(2)
+
+
+class Wire(NamedTuple):
+    """A weight matrix, and the two sites of one block whose nodes it joins."""
+
+    source: Site
+    target: Site
+    weight_name: str
+    """TransformerLens name of the matrix within a block."""
+
+    weight: Callable[[Block], Float[Tensor, "source target"]]
+    """The matrix with one row per source node and one column per target node."""
+
+
+def _heads_out(weight: Float[Tensor, "head d_in d_head"]) -> Float[Tensor, "d_in width"]:
+    return weight.permute(1, 0, 2).flatten(1)
+
+
+def _read(block: Block, letter: str) -> Float[Tensor, "d_read width"]:
+    weight = _heads_out(getattr(block.attn, f"W_{letter}"))
+    if not hasattr(block.attn, f"W_{letter}_pos"):
+        return weight
+    return torch.cat([weight, _heads_out(getattr(block.attn, f"W_{letter}_pos"))])
+
+
+def _mlp_read(block: Block) -> Float[Tensor, "d_read d_mlp"]:
+    if block.mlp.W_in_pos is None:
+        return block.mlp.W_in
+    return torch.cat([block.mlp.W_in, block.mlp.W_in_pos])
+
+
+WIRES = (
+    Wire(ATTN_READ, Q, "attn.W_Q", lambda block: _read(block, "Q")),
+    Wire(ATTN_READ, K, "attn.W_K", lambda block: _read(block, "K")),
+    Wire(ATTN_READ, V, "attn.W_V", lambda block: _read(block, "V")),
+    Wire(V, ATTN_WRITE, "attn.W_O", lambda block: block.attn.W_O.flatten(0, 1)),
+    Wire(MLP_READ, NEURON, "mlp.W_in", _mlp_read),
+    Wire(NEURON, MLP_WRITE, "mlp.W_out", lambda block: block.mlp.W_out),
+)
+"""The within-block weights: what `n_edges` counts, and what training keeps sparse together with W_E and W_U."""
