@@ -20,13 +20,13 @@ test: venv
 venv: $(VENV)/.installed
 
 # The stamp is written last, so it vouches for a whole installation. While `.installing` is there the environment is
-# half made, and the next attempt begins again from an empty one. The build backend is installed first, under the same
-# constraints, and nothing is fetched into an isolated build.
+# half made, and the next attempt begins again from an empty one. The build backends (ours, and that of a dependency
+# which has no wheel) are installed first, under the same constraints, so no build fetches versions of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	@if [ -e $(VENV)/.installing ]; then $(PYTHON) -m venv --clear $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@touch $(VENV)/.installing
-	$(PIP) hatchling editables
+	$(PIP) hatchling editables setuptools
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@mv $(VENV)/.installing $@
 	@touch $@
