@@ -29,7 +29,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) hatchling editables setuptools
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@mv $(VENV)/.installing $@
-	@touch $@
 
 lint: venv
 	$(BIN)/ruff check .
