@@ -1,0 +1,297 @@
+// The drawing: rails and blocks behind, wires above them, nodes on top, and headings that stay in view while the graph
+// moves under them. Sign is told three times: by colour, by dashes, and by the wire's end (arrow against bar).
+
+const NODE_SHAPES = { circle: (r) => `M${-r},0A${r},${r} 0 1 1 ${r},0A${r},${r} 0 1 1 ${-r},0Z`, square: squarePath, hexagon: hexagonPath };
+const HEADER_HEIGHT = 46;
+const LABEL_ROOM = 21;
+
+function squarePath(r) {
+  const a = r * 0.9, c = r * 0.3;
+  return `M${-a + c},${-a}H${a - c}Q${a},${-a} ${a},${-a + c}V${a - c}Q${a},${a} ${a - c},${a}H${-a + c}Q${-a},${a} ${-a},${a - c}V${-a + c}Q${-a},${-a} ${-a + c},${-a}Z`;
+}
+
+function hexagonPath(r) {
+  const s = r * 1.1, h = s * 0.87;
+  return `M${-s},0L${-s / 2},${-h}H${s / 2}L${s},0L${s / 2},${h}H${-s / 2}Z`;
+}
+
+function shapeOf(vertex) {
+  if (vertex.site === "neuron") return "hexagon";
+  return /_write$/.test(vertex.site) ? "square" : "circle";
+}
+
+/** Draws `model` into the stage and keeps it in step with the reader. `on` is told of hover, focus and pinning. */
+function createGraph(stage, model, on) {
+  const svg = d3.select(stage).append("svg").attr("class", "graph").attr("role", "group")
+    .attr("aria-label", "The circuit, from token embeddings on the left to the output on the right")
+    .attr("aria-describedby", "graph-help");
+  addMarkers(svg.append("defs"));
+  const world = svg.append("g").attr("class", "world");
+  const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "nodes", "railNames"].map(
+    (name) => [name, world.append("g").attr("class", name)]));
+  const heading = svg.append("g").attr("class", "heading").attr("aria-hidden", "true");
+  const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false };
+
+  const zoom = d3.zoom().scaleExtent([0.12, 8]).filter(wantsZoom).on("zoom", (event) => {
+    state.transform = event.transform;
+    state.moved = state.moved || event.sourceEvent !== null;
+    applyTransform();
+  });
+  svg.call(zoom).on("dblclick.zoom", null);
+
+  function draw() {
+    const { width, height } = size();
+    state.layout = layoutCircuit(model.vertices, model.edges, width, height - HEADER_HEIGHT);
+    drawBlocks(layers.blocks, state.layout);
+    drawRails(layers.rails, layers.railNames, state.layout);
+    drawHeads(layers.heads, state.layout);
+    drawEdges(layers.edges, model, state.layout, on);
+    drawNodes(layers.nodes, model, on, { moveFrom, focused: (vertex) => { setRoving(vertex.id); reveal(vertex); } });
+    setRoving(state.roving || startVertex(model).id);
+    fit(false);
+  }
+
+  function size() {
+    return { width: Math.max(320, stage.clientWidth), height: Math.max(240, stage.clientHeight) };
+  }
+
+  /** The whole graph, as large as it goes without blowing up a small one. */
+  function fit(animated = true) {
+    const { width, height } = size(), layout = state.layout;
+    const room = height - HEADER_HEIGHT;
+    const k = Math.min(width / layout.width, room / layout.height, 1.15);
+    const x = (width - layout.width * k) / 2;
+    const y = HEADER_HEIGHT + (room - layout.height * k) / 2;
+    state.moved = false;
+    moving(animated).call(zoom.transform, d3.zoomIdentity.translate(x, y).scale(k));
+  }
+
+  function moving(animated) {
+    const still = !animated || matchMedia("(prefers-reduced-motion: reduce)").matches;
+    return still ? svg : svg.transition().duration(260);
+  }
+
+  function applyTransform() {
+    const { x, y, k } = state.transform;
+    world.attr("transform", state.transform);
+    svg.style("--k", k);
+    svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
+    svg.classed("rails-named", state.layout.railGap * k >= 12.5);
+    layers.railNames.selectAll("text").attr("x", (rail) => Math.max(rail.start, (6 - x) / k));
+    drawHeading(heading, state.layout, state.transform, size().width);
+  }
+
+  function setRoving(id) {
+    state.roving = id;
+    layers.nodes.selectAll("g.vertex").attr("tabindex", (vertex) => (vertex.id === id ? 0 : -1));
+  }
+
+  /** Pans just enough that the focused vertex is in view. */
+  function reveal(vertex) {
+    const { width, height } = size();
+    const [x, y] = state.transform.apply([vertex.x, vertex.y]);
+    const dx = clamp(x, 60, width - 60) - x, dy = clamp(y, HEADER_HEIGHT + 24, height - 40) - y;
+    if (dx || dy) svg.call(zoom.translateBy, dx / state.transform.k, dy / state.transform.k);
+  }
+
+  function moveFrom(vertex, key) {
+    const next = neighbourInDirection(state.layout.columns, vertex, key);
+    if (next) focus(next.id);
+  }
+
+  function focus(id) {
+    const node = layers.nodes.selectAll("g.vertex").filter((vertex) => vertex.id === id).node();
+    if (node) node.focus({ preventScroll: true });
+  }
+
+  /** Light up one vertex (or none) and what it is joined to; everything else steps back. */
+  function highlight(id) {
+    const near = id === null ? null : new Set([id]);
+    if (near) for (const edge of model.incident(id)) if (!edge.off) near.add(edge.source).add(edge.target);
+    svg.classed("has-focus", near !== null);
+    layers.nodes.selectAll("g.vertex").classed("hot", (vertex) => near !== null && near.has(vertex.id))
+      .classed("centre", (vertex) => vertex.id === id);
+    layers.edges.selectAll("path").classed("hot", (edge) => near !== null && (edge.source === id || edge.target === id));
+    const channels = new Set([...(near || [])].map((name) => model.vertex(name)).filter(onRail).map((v) => v.channel));
+    layers.railNames.selectAll("text").classed("hot", (rail) => channels.has(rail.channel));
+    layers.rails.selectAll("line").classed("hot", (rail) => channels.has(rail.channel));
+  }
+
+  function markPinned(id) {
+    layers.nodes.selectAll("g.vertex").classed("pinned", (vertex) => vertex.id === id)
+      .attr("aria-pressed", (vertex) => String(vertex.id === id));
+  }
+
+  function markMatches(ids) {
+    svg.classed("searching", ids !== null);
+    layers.nodes.selectAll("g.vertex").classed("match", (vertex) => ids !== null && ids.has(vertex.id));
+  }
+
+  /** Hide what the reader asked not to see; a vertex that keeps no wire fades. */
+  function refreshEdges() {
+    layers.edges.selectAll("path").classed("off", (edge) => edge.off);
+    const joined = new Set(model.edges.filter((edge) => !edge.off).flatMap((edge) => [edge.source, edge.target]));
+    layers.nodes.selectAll("g.vertex").classed("idle", (vertex) => !joined.has(vertex.id));
+  }
+
+  return { draw, fit, focus, highlight, markPinned, markMatches, refreshEdges,
+    reveal: (id) => reveal(model.vertex(id)),
+    zoomBy: (factor) => moving(true).call(zoom.scaleBy, factor),
+    screenPoint: (vertex) => state.transform.apply([vertex.x, vertex.y]),
+    resized: () => { if (state.layout && !state.moved) draw(); } };
+}
+
+/** Inside another page a plain wheel belongs to that page's scrolling; there, zooming takes Ctrl or ⌘. */
+function wantsZoom(event) {
+  if (event.type === "wheel") return event.ctrlKey || event.metaKey || window.self === window.top;
+  return !event.button && !event.target.closest(".vertex");
+}
+
+/** Where the keyboard enters the graph: the most important node, or the first. */
+function startVertex(model) {
+  const nodes = model.nodes.length ? model.nodes : model.vertices;
+  return nodes.reduce((best, node) => ((node.importance || 0) > (best.importance || 0) ? node : best), nodes[0]);
+}
+
+/** Up and down within the column, left and right to the nearest of the next column: every vertex can be reached. */
+function neighbourInDirection(columns, vertex, key) {
+  const column = vertex.column, rank = column.vertices.indexOf(vertex), at = columns.indexOf(column);
+  if (key === "ArrowUp" || key === "ArrowDown") return column.vertices[rank + (key === "ArrowUp" ? -1 : 1)];
+  if (key === "Home") return columns[0].vertices[0];
+  if (key === "End") return columns.at(-1).vertices.at(-1);
+  const next = columns[at + (key === "ArrowLeft" ? -1 : 1)];
+  return next && next.vertices.reduce((best, other) => (Math.abs(other.y - vertex.y) < Math.abs(best.y - vertex.y) ? other : best));
+}
+
+function addMarkers(defs) {
+  const shapes = { positive: "M0,0.8L7.5,4L0,7.2Z", negative: "M4.6,0H7V8H4.6Z" };
+  for (const [sign, d] of Object.entries(shapes)) {
+    defs.append("marker").attr("id", `end-${sign}`).attr("class", `end ${sign}`).attr("viewBox", "0 0 8 8")
+      .attr("refX", 6.5).attr("refY", 4).attr("markerWidth", 8).attr("markerHeight", 8)
+      .attr("markerUnits", "userSpaceOnUse").attr("orient", "auto").append("path").attr("d", d);
+  }
+}
+
+function drawBlocks(group, layout) {
+  group.selectAll("rect").data(layout.blocks).join("rect").attr("class", (block) => `block ${block.kind}`)
+    .attr("x", (b) => b.x).attr("y", (b) => b.y).attr("width", (b) => b.width).attr("height", (b) => b.height).attr("rx", 14);
+}
+
+function drawRails(group, names, layout) {
+  group.selectAll("line").data(layout.rails, (rail) => rail.channel).join("line")
+    .attr("x1", (r) => r.start).attr("x2", (r) => r.end).attr("y1", (r) => r.y).attr("y2", (r) => r.y);
+  names.selectAll("text").data(layout.rails, (rail) => rail.channel).join("text")
+    .attr("x", (r) => r.start).attr("y", (r) => r.y).text((r) => r.channel);
+}
+
+function drawHeads(group, layout) {
+  const cards = group.selectAll("g").data(layout.heads, (card) => `${card.layer}.${card.head}`).join((enter) => {
+    const card = enter.append("g");
+    card.append("rect").attr("rx", 9);
+    card.append("text");
+    return card;
+  });
+  cards.select("rect").attr("x", (c) => c.x).attr("y", (c) => c.top).attr("width", (c) => c.width).attr("height", (c) => c.height);
+  cards.select("text").attr("x", (c) => c.x + 8).attr("y", (c) => c.top + 14)
+    .text((c) => (c.head === null ? "" : `head ${c.head}`));
+}
+
+function isWeight(edge) {
+  return edge.kind !== "residual" && edge.kind !== "attention";
+}
+
+/** Strong wires are drawn last, so that weak ones never cover them. */
+function drawEdges(group, model, layout, on) {
+  const start = layout.rails.length ? layout.rails[0].start : 0;
+  const drawn = [...model.edges].sort((a, b) => isWeight(a) - isWeight(b) || a.share - b.share);
+  group.selectAll("path").data(drawn, (edge) => edge.index).join("path")
+    .attr("class", (edge) => `edge ${edge.kind} ${isWeight(edge) ? signOf(edge) : "plain"}`)
+    .attr("d", (edge) => edgePath(edge, model, start))
+    .attr("stroke-width", (edge) => (isWeight(edge) ? 0.9 + 3.6 * edge.share : null))
+    .attr("marker-end", (edge) => (isWeight(edge) ? `url(#end-${signOf(edge)})` : null))
+    .on("pointerenter", (event, edge) => on.hoverEdge(edge, event))
+    .on("pointerleave", () => on.hoverEdge(null));
+  group.selectAll("path").order();
+}
+
+function signOf(edge) {
+  return edge.weight < 0 ? "negative" : "positive";
+}
+
+function edgePath(edge, model, railStart) {
+  const a = model.vertex(edge.source), b = model.vertex(edge.target);
+  const x1 = a.x + reach(a), x2 = b.x - reach(b) - 2;
+  if (edge.kind === "residual") return `M${x1},${a.y}H${x2}`;
+  if (edge.kind === "embedding" && onRail(b)) return `${curve(x1, a.y, railStart, b.y)}H${x2}`;
+  return curve(x1, a.y, x2, b.y);
+}
+
+function curve(x1, y1, x2, y2) {
+  const bend = Math.max(14, (x2 - x1) * 0.48);
+  return `M${x1},${y1}C${x1 + bend},${y1} ${x2 - bend},${y2} ${x2},${y2}`;
+}
+
+/** How far a vertex extends to the side that its wires leave and enter. */
+function reach(vertex) {
+  return isToken(vertex) ? vertex.halfWidth : vertex.radius;
+}
+
+function drawNodes(group, model, on, keyboard) {
+  const joined = group.selectAll("g.vertex").data(model.vertices, (vertex) => vertex.id).join((enter) => {
+    const vertex = enter.append("g").attr("role", "button").attr("aria-pressed", "false").attr("data-id", (v) => v.id);
+    vertex.append("path").attr("class", "halo");
+    vertex.append("path").attr("class", "shape");
+    vertex.append("text").attr("class", "name");
+    return vertex;
+  });
+  joined.attr("class", (v) => `vertex ${isToken(v) ? `token ${v.role}` : `node ${v.site}`}`)
+    .attr("transform", (v) => `translate(${v.x},${v.y})`).attr("aria-label", (v) => model.spoken(v))
+    .style("--importance", (v) => v.fill);
+  joined.select(".halo").attr("d", (v) => outline(v, 5));
+  joined.select(".shape").attr("d", (v) => outline(v, 0));
+  joined.select(".name").attr("y", (v) => (isToken(v) ? 4 * v.scale : -v.radius - 4))
+    .style("font-size", (v) => (isToken(v) ? `${12 * v.scale}px` : null)).text(shortName);
+  joined.on("pointerenter", (event, v) => on.hover(v)).on("pointerleave", () => on.hover(null))
+    .on("focus", (event, v) => { keyboard.focused(v); on.focus(v); }).on("blur", () => on.focus(null))
+    .on("click", (event, v) => { event.currentTarget.focus({ preventScroll: true }); on.pin(v); })
+    .on("keydown", (event, v) => pressed(event, v, on, keyboard));
+}
+
+function pressed(event, vertex, on, keyboard) {
+  if (event.key === "Enter" || event.key === " ") on.pin(vertex);
+  else if (/^(Arrow|Home$|End$)/.test(event.key)) keyboard.moveFrom(vertex, event.key);
+  else return;
+  event.preventDefault();
+}
+
+function outline(vertex, extra) {
+  if (!isToken(vertex)) return NODE_SHAPES[shapeOf(vertex)](vertex.radius + extra);
+  const w = vertex.halfWidth + extra, h = 11 * vertex.scale + extra, r = 6 + extra / 2;
+  return `M${-w + r},${-h}H${w - r}A${r},${r} 0 0 1 ${w},${-h + r}V${h - r}A${r},${r} 0 0 1 ${w - r},${h}H${-w + r}A${r},${r} 0 0 1 ${-w},${h - r}V${-h + r}A${r},${r} 0 0 1 ${-w + r},${-h}Z`;
+}
+
+/** Layer and column names over the graph: they follow sideways and zoom, never up and down. */
+function drawHeading(group, layout, { x, k }, width) {
+  const across = (value) => x + k * value;
+  const short = layout.blocks.some((block) => blockName(block, false).length * 7.4 > block.width * k);
+  group.selectAll("rect").data([0]).join("rect").attr("class", "strip").attr("width", width).attr("height", HEADER_HEIGHT);
+  group.selectAll("text.block-name").data(layout.blocks).join("text").attr("class", "block-name")
+    .attr("x", (b) => across(b.x + b.width / 2)).attr("y", 18)
+    .text((b) => blockName(b, short));
+  group.selectAll("line").data(layout.blocks).join("line").attr("class", (b) => `bracket ${b.kind}`)
+    .attr("x1", (b) => across(b.x)).attr("x2", (b) => across(b.x + b.width)).attr("y1", 25).attr("y2", 25);
+  group.selectAll("text.column-name").data(layout.columns).join("text").attr("class", "column-name")
+    .attr("x", (c) => across(c.x)).attr("y", (c) => (c.layer === null ? 28 : 40))
+    .text((c) => columnName(c, c.width * k + 6));
+}
+
+function columnName(column, room) {
+  const names = [COLUMN_NAMES[column.site], SHORT_COLUMN_NAMES[column.site] || ""];
+  return names.find((name) => name.length * 6.2 < room) || "";
+}
+
+/** One style for all of them: two spellings side by side would look like two meanings. */
+function blockName(block, short) {
+  if (!short) return `Layer ${block.layer} · ${block.kind}`;
+  return `L${block.layer} ${block.kind === "attention" ? "attn" : "MLP"}`;
+}

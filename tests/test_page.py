@@ -1,0 +1,770 @@
+"""The circuit page, opened in a headless Chromium and used with mouse and keyboard.
+
+The browser is driven through its DevTools protocol over two pipes, so the tests need Chromium (Debian and Ubuntu:
+`apt-get install chromium`) and no Python package. Without it the browser's tests are skipped and say so; those of
+the text alone always run.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import select
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from sparse_interp.errors import CircuitError
+from sparse_interp.viewer import page as page_module
+from sparse_interp.viewer.page import (
+    CircuitPage,
+    PageAudit,
+    PageAuditRow,
+    PageContext,
+    PageEdge,
+    PageNode,
+    PagePrompt,
+    PageToken,
+    PageWrite,
+    embed_json,
+    inline_html,
+    render_page,
+)
+
+HOSTILE = "</script><img src=x onerror=window.wasHacked=1>"
+STRANGE = [HOSTILE, "<!--<script>", "\u202eevil", "\ud800", "\u2028", "&lt;b&gt;", "'\"`", "w" * 400, "", "\n", " "]
+WORDS = [
+    "def",
+    " name",
+    " (",
+    '"',
+    "'",
+    " =",
+    " return",
+    "\n",
+    "    ",
+    " self",
+    ".",
+    "value",
+    ")",
+    ":",
+    " in",
+    " print",
+]
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1440,900",
+    "--remote-debugging-pipe",
+)
+
+
+# ---------------------------------------------------------------- payloads
+
+
+def some_contexts(random: Random, n: int) -> list[PageContext]:
+    """Contexts of 24 tokens in which about one token in four is active."""
+    contexts = []
+    for rank in range(n):
+        values = [random.choice([0.0, 0.0, 0.0, random.gauss(0.8, 0.5)]) for _ in range(24)]
+        at = random.randrange(8, 24)
+        values[at] = 3.2 - 0.2 * rank
+        pieces = [random.choice(WORDS) for _ in range(24)]
+        contexts.append(PageContext(pieces=pieces, values=values, at=at, source="task" if rank < 2 else "text"))
+    return contexts
+
+
+def some_nodes(random: Random, n_layers: int, per_site: dict[str, int], rails: list[int]) -> list[PageNode]:
+    """Nodes at every site of every layer, reads and writes on a few shared rails."""
+    nodes = []
+    places = [(layer, site) for layer in range(n_layers) for site in page_module.SITES[:-1]] + [
+        (n_layers, "final_read")
+    ]
+    for layer, site in places:
+        on_rail = site.endswith(("read", "write"))
+        channels = random.sample(rails if on_rail else range(1024), per_site[site])
+        for channel in sorted(channels):
+            nodes.append(
+                PageNode(
+                    id=f"L{layer}.{site}.{channel}",
+                    layer=layer,
+                    site=site,
+                    channel=channel,
+                    head=channel % 3 if site in ("q", "k", "v") else None,
+                    importance=random.expovariate(4.0),
+                    baseline=random.gauss(0, 0.1),
+                    top_contexts=some_contexts(random, 6),
+                    writes=[PageWrite(token=random.choice(WORDS), effect=random.gauss(0, 1)) for _ in range(10)],
+                    stats={"active": "12.5 %", "mean when active": 0.71},
+                )
+            )
+    return nodes
+
+
+def some_edges(random: Random, nodes: list[PageNode], share: float) -> list[PageEdge]:
+    """Weights between neighbouring sites, attention wires, and identity along rails from writes to the next reads."""
+    steps = {
+        ("attn_read", "q"),
+        ("attn_read", "k"),
+        ("attn_read", "v"),
+        ("v", "attn_write"),
+        ("mlp_read", "neuron"),
+        ("neuron", "mlp_write"),
+    }
+    edges = []
+    for a in nodes:
+        for b in nodes:
+            if a.layer == b.layer and (a.site, b.site) in steps and random.random() < share:
+                edges.append(PageEdge(source=a.id, target=b.id, weight=random.gauss(0, 0.6)))
+            if a.layer == b.layer and a.site in "qk" and b.site == "attn_write" and random.random() < share:
+                edges.append(PageEdge(source=a.id, target=b.id, kind="attention"))
+            later = (b.layer, page_module.SITES.index(b.site)) > (a.layer, page_module.SITES.index(a.site))
+            if a.site.endswith("write") and b.site.endswith("read") and a.channel == b.channel and later:
+                edges.append(PageEdge(source=a.id, target=b.id, kind="residual"))
+    return edges
+
+
+def some_audit() -> PageAudit:
+    row = PageAuditRow
+    return PageAudit(
+        verdict="The circuit is better than its model beyond the interval, so it does something else.",
+        passed=False,
+        rows=[
+            row(
+                measure="sufficiency",
+                condition="circuit",
+                value=0.991,
+                low=0.98,
+                high=1.0,
+                n=512,
+                split="test",
+                passed=True,
+            ),
+            row(
+                measure="sufficiency",
+                condition="random circuit of equal size",
+                value=0.502,
+                low=0.46,
+                high=0.55,
+                n=20,
+                split="test",
+                note="chance is 0.5",
+            ),
+            row(
+                measure="necessity",
+                condition="circuit removed",
+                value=0.517,
+                low=0.47,
+                high=0.56,
+                n=512,
+                split="test",
+                passed=True,
+            ),
+            row(
+                measure="KL to the model (nats)",
+                condition="circuit",
+                value=0.0123,
+                low=0.01,
+                high=0.015,
+                n=512,
+                split="test",
+                passed=True,
+                note="bound 0.05",
+            ),
+            row(
+                measure="loss gap (nats)",
+                condition="circuit − model",
+                value=-0.081,
+                low=-0.09,
+                high=-0.07,
+                n=512,
+                split="test",
+                passed=False,
+                note="bound: within 0.05 of the model, on either side",
+            ),
+            row(measure="sufficiency", condition="adversarial ablation", value=None, split="test", note="level quick"),
+        ],
+    )
+
+
+def circuit_page(n_layers: int, per_site: dict[str, int], n_rails: int, share: float, seed: int = 7) -> CircuitPage:
+    """A made-up circuit that looks like a real one."""
+    random = Random(seed)
+    rails = sorted(random.sample(range(256), n_rails))
+    nodes = some_nodes(random, n_layers, per_site, rails)
+    pieces = {"in.0": '"', "in.1": "'", "in.2": " (", "in.3": " print"}
+    tokens = [PageToken(id=name, piece=piece, side="embedding", role="prompt") for name, piece in pieces.items()]
+    tokens += [
+        PageToken(id="out.0", piece='")', side="unembedding", role="answer"),
+        PageToken(id="out.1", piece="')", side="unembedding", role="foil"),
+    ]
+    edges = some_edges(random, nodes, share)
+    for node in nodes:
+        if (node.layer, node.site) == (0, "attn_read"):
+            piece = random.choice(list(pieces))
+            edges.append(PageEdge(source=piece, target=node.id, weight=random.gauss(0, 1), kind="embedding"))
+        if node.site == "final_read":
+            for token in ("out.0", "out.1"):
+                edges.append(PageEdge(source=node.id, target=token, weight=random.gauss(0, 1), kind="unembedding"))
+    return CircuitPage(
+        title="Which quote closes this string?",
+        subtitle="The nodes that stdlib-small needs to tell a single from a double quote.",
+        model="stdlib-small",
+        task="single_double_quote",
+        n_layers=n_layers,
+        nodes=nodes,
+        edges=edges,
+        tokens=tokens,
+        summary={
+            "nodes": str(len(nodes)),
+            "edges": str(sum(e.kind == "weight" for e in edges)),
+            "KL, nats": "0.012",
+            "accuracy": "99.1 %",
+            "loss, circuit / model": "0.101 / 0.182",
+        },
+        prompts=[
+            PagePrompt(
+                pieces=["x", " =", " print", "(", '"', "hello"],
+                answer='")',
+                foil="')",
+                twin=["x", " =", " print", "(", "'", "hello"],
+            )
+        ],
+        audit=some_audit(),
+    )
+
+
+def small_page() -> CircuitPage:
+    """About forty nodes in two layers."""
+    per_site = dict(zip(page_module.SITES, (3, 2, 2, 3, 3, 3, 3, 2, 3), strict=True))
+    return circuit_page(2, per_site, n_rails=9, share=0.45)
+
+
+def large_page() -> CircuitPage:
+    """About 250 nodes in four layers."""
+    per_site = dict(zip(page_module.SITES, (8, 5, 5, 8, 7, 9, 14, 7, 10), strict=True))
+    return circuit_page(4, per_site, n_rails=34, share=0.16)
+
+
+# ---------------------------------------------------------------- the browser
+
+
+@dataclass
+class Tab:
+    """One page in the browser, with everything that it asked for or complained about."""
+
+    browser: "Browser"
+    session: str
+    target: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return self.browser.call(method, params, self.session)
+
+    def js(self, expression: str) -> Any:
+        """The value of a JavaScript expression, as plain data."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def open(self, path: Path) -> None:
+        self.call("Page.navigate", url=path.as_uri())
+        deadline = time.monotonic() + 20
+        while not self.js("document.readyState === 'complete' && location.protocol === 'file:'"):
+            assert time.monotonic() < deadline, f"{path.name} did not load"
+            time.sleep(0.02)
+        self.settle()
+
+    def settle(self) -> None:
+        """Two animation frames: everything that the last input caused has been drawn."""
+        self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))).then(() => 1)")
+
+    def press(self, key: str) -> None:
+        codes = {
+            "Enter": 13,
+            " ": 32,
+            "Tab": 9,
+            "Escape": 27,
+            "End": 35,
+            "Home": 36,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }
+        key_down = {"key": key, "windowsVirtualKeyCode": codes[key], "code": "Space" if key == " " else key}
+        text = {"text": "\r" if key == "Enter" else key} if key in ("Enter", " ") else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **key_down, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **key_down)
+
+    def click(self, selector: str) -> None:
+        """A real click in the middle of an element."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.js(f"{element}.scrollIntoView({{block: 'nearest'}})")
+        middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
+        box = self.js(f"({middle})({element}.getBoundingClientRect())")
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+        self.settle()
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Whatever the page wrote to the console, threw, or had refused by its policy."""
+        self.settle()
+        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded")
+        return [event for event in self.events if event["method"] in kinds]
+
+    def requests(self) -> list[str]:
+        """Addresses asked for, apart from the page itself."""
+        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
+        remote = [url for url in asked if not url.startswith(("file:", "data:"))]
+        return remote + [url for url in asked if url.startswith("file:")][1:]
+
+
+class Browser:
+    """A headless Chromium, spoken to over two pipes (its file descriptors 3 and 4)."""
+
+    def __init__(self, binary: str, profile: str):
+        import fcntl  # a POSIX module; where it is missing the fixture skips before
+
+        pipes = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
+        self._to_read, self._write, self._read, self._to_write = pipes
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        ends = ((self._to_read, 3), (self._to_write, 4), (quiet, 1), (quiet, 2))
+        actions = [(os.POSIX_SPAWN_DUP2, ours, theirs) for ours, theirs in ends]
+        command = [binary, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        self._pid = os.posix_spawn(binary, command, dict(os.environ), file_actions=actions, setpgroup=0)
+        for end in (quiet, self._to_read, self._to_write):
+            os.close(end)
+        self._buffer, self._count, self.tabs = b"", 0, {}
+
+    def call(self, method: str, params: dict[str, Any], session: str | None = None) -> dict[str, Any]:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next_message(timeout_s=60.0)
+            if answer.get("id") == self._count:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return answer["result"]
+            if answer.get("sessionId") in self.tabs:
+                self.tabs[answer["sessionId"]].events.append(answer)
+
+    def tab(self, scheme: str = "light", width: int = 1440, height: int = 900) -> Tab:
+        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
+        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
+        tab = self.tabs[session] = Tab(self, session, target)
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            tab.call(f"{domain}.enable")
+        tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in media.items()]
+        tab.call("Emulation.setEmulatedMedia", features=features)
+        return tab
+
+    def close_tabs(self) -> None:
+        for tab in self.tabs.values():
+            if tab.target:
+                self.call("Target.closeTarget", {"targetId": tab.target})
+        self.tabs.clear()
+
+    def close(self) -> None:
+        self.call("Browser.close", {})
+        os.close(self._write)
+        for _ in range(100):
+            if os.waitpid(self._pid, os.WNOHANG)[0]:
+                break
+            time.sleep(0.05)
+        else:
+            os.killpg(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        os.close(self._read)
+
+    def _next_message(self, timeout_s: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], timeout_s)
+            chunk = os.read(self._read, 1 << 20) if ready else b""
+            assert chunk, "Chromium did not answer"
+            self._buffer += chunk
+        message, self._buffer = self._buffer.split(b"\0", 1)
+        return json.loads(message)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    binary = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if binary is None or not hasattr(os, "posix_spawn"):
+        pytest.skip("no chromium or google-chrome on PATH, so no page was opened (Debian: apt-get install chromium)")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        started = Browser(binary, profile)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def show(browser: Browser, tmp_path: Path):
+    """Writes a payload's page to a file and opens it in a tab of its own."""
+
+    def open_page(page: CircuitPage, **options: Any) -> Tab:
+        path = tmp_path / "circuit.html"
+        path.write_text(render_page(page), encoding="utf-8")
+        tab = browser.tab(**options)
+        tab.open(path)
+        return tab
+
+    yield open_page
+    browser.close_tabs()
+
+
+def drawn_weights(tab: Tab) -> int:
+    return tab.js("document.querySelectorAll('.graph .edge:not(.off):is(.positive, .negative)').length")
+
+
+# ---------------------------------------------------------------- the text alone
+
+
+def test_equal_payloads_give_equal_bytes():
+    assert render_page(small_page()) == render_page(small_page())
+
+
+def test_a_page_of_a_hundred_nodes_with_contexts_is_small():
+    page = small_page()
+    nodes = [replace(node, id=f"{node.id}.{copy}") for copy in range(3) for node in page.nodes][:100]
+    text = render_page(replace(page, nodes=nodes, edges=(), tokens=()))
+    assert len(text.encode("utf-8")) < 600_000
+
+
+def test_embedded_json_holds_no_markup_and_comes_back_as_it_was():
+    data = {"pieces": STRANGE, "number": 0.5}
+    text = embed_json(data)
+    assert not set("<>&\u2028\u2029") & set(text) and text.isascii()
+    assert json.loads(text) == data
+
+
+def test_a_number_that_json_cannot_say_becomes_null():
+    node = PageNode(id="a", layer=0, site="neuron", channel=0, importance=math.nan, baseline=-math.inf)
+    shown = page_module.page_data(CircuitPage(nodes=[node]))["nodes"][0]
+    assert shown["importance"] is None and shown["baseline"] is None
+
+
+def test_the_vendored_files_are_the_ones_that_their_list_names():
+    folder = Path(page_module.__file__).parent / "vendor"
+    rows = re.findall(r"^\| (d3-\w+) \|.*`([0-9a-f]{64})` \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(page_module.VENDORED)
+    assert sorted(f"{name}.min.js" for name, _ in rows) == sorted(file.name for file in folder.glob("*.js"))
+    for name, digest in rows:
+        assert hashlib.sha256((folder / f"{name}.min.js").read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nodes": [PageNode(id="a", layer=0, site="q", channel=0)] * 2}, "used twice: 'a'"),
+        (
+            {"nodes": [PageNode(id="a", layer=0, site="z", channel=0)]},
+            "site of node 'a' is 'z'; a page knows 'attn_read'",
+        ),
+        ({"edges": [PageEdge(source="a", target="b")]}, "ends at 'b', which is no node or token"),
+        ({"edges": [PageEdge(source="a", target="a", kind="wire")]}, "kind of edge 'a' -> 'a' is 'wire'"),
+        ({"tokens": [PageToken(id="t", piece="t", side="left")]}, "side of token 't' is 'left'"),
+    ],
+)
+def test_a_payload_that_could_only_be_drawn_wrongly_is_refused(change: dict[str, Any], words: str):
+    page = CircuitPage(nodes=[PageNode(id="a", layer=0, site="q", channel=0)])
+    with pytest.raises(CircuitError, match=re.escape(words)):
+        render_page(replace(page, **change))
+
+
+def test_a_context_needs_a_value_for_every_piece():
+    context = PageContext(pieces=["a", "b"], values=[1.0], at=0)
+    page = CircuitPage(nodes=[PageNode(id="a", layer=0, site="q", channel=0, top_contexts=[context])])
+    with pytest.raises(CircuitError, match="2 pieces, 1 values"):
+        render_page(page)
+
+
+# ---------------------------------------------------------------- in the browser
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("make_page", [small_page, large_page])
+def test_a_page_opens_without_complaint_and_asks_the_network_for_nothing(show, make_page, scheme):
+    page = make_page()
+    tab = show(page, scheme=scheme)
+    assert tab.js("document.querySelectorAll('.graph .vertex').length") == len(page.nodes) + len(page.tokens)
+    assert tab.js("document.querySelectorAll('.graph .edge').length") == len(page.edges)
+    tab.click(".graph .vertex.neuron")
+    tab.click("#tab-audit")
+    assert tab.complaints() == [] and tab.requests() == []
+
+
+def test_a_page_of_nodes_alone_opens_too(show):
+    tab = show(CircuitPage(nodes=[PageNode(id="a", layer=0, site="neuron", channel=3)]))
+    tab.click(".graph .vertex")
+    assert tab.js("document.querySelector('#detail h2').textContent") == "Neuron 3"
+    assert tab.complaints() == []
+
+
+def hostile_page() -> CircuitPage:
+    """Every field that takes text holds the worst that a token can be."""
+    strange = [PageContext(pieces=STRANGE, values=[1.0] * len(STRANGE), at=0, source=HOSTILE)]
+    node = PageNode(
+        id=HOSTILE,
+        layer=0,
+        site="final_read",
+        channel=0,
+        importance=1.0,
+        top_contexts=strange,
+        writes=[PageWrite(token=text, effect=1.0) for text in STRANGE],
+        stats={HOSTILE: HOSTILE},
+    )
+    tokens = [PageToken(id=f"t{i}", piece=text, side="embedding", role="answer") for i, text in enumerate(STRANGE)]
+    edges = [PageEdge(source=token.id, target=HOSTILE, kind="embedding") for token in tokens]
+    row = PageAuditRow(measure=HOSTILE, condition=HOSTILE, value=1.0, split=HOSTILE, note=HOSTILE, passed=True)
+    return CircuitPage(
+        nodes=[node],
+        tokens=tokens,
+        edges=edges,
+        title=HOSTILE + "\ud800",
+        subtitle=HOSTILE,
+        model=HOSTILE,
+        task=HOSTILE,
+        summary={HOSTILE: HOSTILE},
+        prompts=[PagePrompt(pieces=STRANGE, answer=HOSTILE, foil=HOSTILE, twin=STRANGE)],
+        audit=PageAudit(verdict=HOSTILE, passed=True, rows=[row]),
+    )
+
+
+def test_hostile_text_stays_text_wherever_it_stands(show):
+    tab = show(hostile_page())
+    tab.js("document.querySelector('#search').focus()")
+    tab.call("Input.insertText", text="img")
+    seen = tab.js("document.body.innerText")
+    tab.press("Escape")
+    tab.js("document.querySelector('.vertex.node').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
+    seen += tab.js("document.querySelector('#detail').innerText")
+    tab.click("#tab-audit")
+    seen += tab.js("document.querySelector('#view-audit').innerText")
+    assert seen.count("onerror=window.wasHacked=1") >= 15
+    assert "\\u202eevil" in seen, "a mark that reverses the text after it must be shown, not obeyed"
+    assert tab.js("window.wasHacked === undefined && document.querySelectorAll('img').length === 0")
+    assert tab.complaints() == [] and tab.requests() == []
+
+
+def test_a_click_on_a_node_shows_its_contexts_writes_and_wires(show):
+    page = small_page()
+    targets = {edge.target for edge in page.edges}
+    node = next(node for node in page.nodes if node.site == "neuron" and node.id in targets)
+    tab = show(page)
+    tab.click(f'.vertex[data-id="{node.id}"]')
+    assert tab.js("document.querySelector('#detail h2').textContent") == f"Neuron {node.channel}"
+    assert tab.js("document.querySelectorAll('#detail .contexts li').length") == len(node.top_contexts)
+    assert tab.js("document.querySelector('#detail .piece.at').title") == "+3.2"
+    assert tab.js("document.querySelectorAll('#detail .writes li').length") == len(node.writes)
+
+    tab.click("#detail .wires button")
+    other = tab.js("document.querySelector('.vertex.pinned').dataset.id")
+    assert (other, node.id) in {(edge.source, edge.target) for edge in page.edges}
+
+
+def test_every_activation_can_be_read_as_a_number(show):
+    tab = show(small_page())
+    tab.click(".vertex.neuron")
+    figures = "[...document.querySelectorAll('#detail .figure')].filter((figure) => figure.checkVisibility()).length"
+    assert tab.js(figures) == 0
+    tab.click("#detail .contexts-toggle")
+    assert tab.js(figures) == tab.js("document.querySelectorAll('#detail .piece:is(.positive, .negative)').length") > 0
+
+
+def test_the_keyboard_reaches_every_node_and_pins_it(show):
+    page = small_page()
+    tab = show(page)
+    tab.js("document.querySelector('#show-attention').focus()")
+    tab.press("Tab")
+    focused = "document.activeElement.dataset.id"
+    assert tab.js(focused) is not None, "Tab after the toolbar enters the graph"
+
+    reached: set[str] = set()
+    tab.press("Home")
+    while True:
+        column = walk(tab, "ArrowUp") | walk(tab, "ArrowDown")
+        if column <= reached:
+            break
+        reached |= column
+        tab.press("ArrowRight")
+    assert reached == {vertex.id for vertex in (*page.nodes, *page.tokens)}
+
+    here = tab.js(focused)
+    tab.press("Enter")
+    assert tab.js("document.querySelector('.vertex.pinned').dataset.id") == here
+    assert tab.js("document.activeElement.getAttribute('aria-pressed')") == "true"
+    tab.press("Escape")
+    assert tab.js("document.querySelector('.vertex.pinned')") is None and tab.js(focused) == here
+    tab.press(" ")
+    assert tab.js("document.querySelector('.vertex.pinned').dataset.id") == here
+
+
+def walk(tab: Tab, key: str) -> set[str]:
+    """Ids that the focus passes while `key` still moves it."""
+    passed: list[str] = []
+    while (here := tab.js("document.activeElement.dataset.id")) not in passed:
+        passed.append(here)
+        tab.press(key)
+    return set(passed)
+
+
+def test_the_threshold_hides_weak_edges_and_announces_how_many_are_left(show):
+    page = small_page()
+    n_weights = sum(edge.kind not in ("residual", "attention") for edge in page.edges)
+    tab = show(page)
+    assert drawn_weights(tab) == n_weights
+    tab.js("document.querySelector('#threshold').focus()")
+    for _ in range(3):
+        tab.press("ArrowRight")
+    assert drawn_weights(tab) == n_weights - 3
+    words = f"{n_weights - 3} of {n_weights} edges"
+    assert words in tab.js("document.querySelector('#threshold').getAttribute('aria-valuetext')")
+    assert words in tab.js("document.querySelector('#threshold-output[role=status]').textContent")
+    tab.press("End")
+    assert drawn_weights(tab) == 1
+
+
+def test_rails_and_attention_wires_can_be_switched_off(show):
+    tab = show(small_page())
+    for kind in ("residual", "attention"):
+        shown = f"document.querySelectorAll('.graph .edge.{kind}:not(.off)').length"
+        assert tab.js(shown) > 0
+        tab.click(f"#show-{kind}")
+        assert tab.js(shown) == 0
+
+
+def test_search_finds_a_node_by_name_and_pins_it(show):
+    page = small_page()
+    node = next(node for node in page.nodes if node.site == "neuron")
+    tab = show(page)
+    tab.js("document.querySelector('#search').focus()")
+    tab.call("Input.insertText", text=f"L{node.layer} neuron {node.channel}")
+    assert tab.js("document.querySelectorAll('.vertex.match').length") == 1
+    tab.press("Enter")
+    assert tab.js("document.querySelector('.vertex.pinned').dataset.id") == node.id
+
+
+@pytest.mark.parametrize("make_page", [small_page, large_page])
+def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
+    seen = "({x: v.x, y: v.y, site: v.site ?? '', channel: v.channel ?? 0})"
+    drawn = show(make_page()).js(f"[...document.querySelectorAll('.graph .vertex')].map(({{__data__: v}}) => {seen})")
+    heights: dict[int, set[float]] = {}
+    for vertex in drawn:
+        if vertex["site"].endswith(("read", "write")):
+            heights.setdefault(vertex["channel"], set()).add(round(vertex["y"], 3))
+    assert all(len(seen) == 1 for seen in heights.values())
+    for i, a in enumerate(drawn):
+        assert all(math.hypot(a["x"] - b["x"], a["y"] - b["y"]) > 11 for b in drawn[:i])
+
+
+def test_a_missing_audit_is_announced_before_anything_else(show):
+    tab = show(replace(small_page(), audit=None))
+    strip = tab.js("(({top, height}) => [top, height])(document.querySelector('#verdict').getBoundingClientRect())")
+    assert strip[0] < 200 and strip[1] > 20
+    assert "Audit missing" in tab.js("document.querySelector('#verdict').innerText")
+    assert tab.js("document.querySelector('#tab-audit').innerText").split() == ["Audit", "missing"]
+
+
+def test_the_audit_says_its_verdict_and_every_result_in_words(show):
+    tab = show(small_page())
+    assert "Audit failed" in tab.js("document.querySelector('#verdict').innerText")
+    assert "1 check failed" in tab.js("document.querySelector('#verdict').innerText")
+    tab.click("#verdict button")
+    results = tab.js("[...document.querySelectorAll('.audit .outcome')].map((cell) => cell.innerText.slice(2))")
+    assert results == ["pass", "not judged", "pass", "pass", "fail", "not run"]
+
+
+def test_light_and_dark_follow_the_reader_and_can_be_chosen(show):
+    shade = "getComputedStyle(document.body).backgroundColor"
+    seen = {}
+    for scheme in ("light", "dark"):
+        tab = show(small_page(), scheme=scheme)
+        for _ in range(3):
+            seen[scheme, tab.js("document.querySelector('#theme').textContent")] = tab.js(shade)
+            tab.click("#theme")
+    assert seen["light", "Theme: automatic"] != seen["dark", "Theme: automatic"]
+    for chosen in ("light", "dark"):
+        name = f"Theme: {chosen}"
+        assert seen["light", name] == seen["dark", name] == seen[chosen, "Theme: automatic"]
+
+
+# Contrast of every visible text with what is behind it, colours read back through a canvas.
+CONTRAST = """(() => {
+  const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const paint = (layers) => {
+    context.clearRect(0, 0, 1, 1);
+    for (const layer of layers) { context.fillStyle = layer; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [];
+  for (const element of document.querySelectorAll('body *')) {
+    if (element.closest('svg, script, style') || !element.checkVisibility() || element.disabled) continue;
+    if (![...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim())) continue;
+    const behind = [];
+    for (let at = element; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+    const back = paint(behind), text = paint([...behind, getComputedStyle(element).color]);
+    const [low, high] = [light(back), light(text)].sort((a, b) => a - b);
+    found.push([(high + 0.05) / (low + 0.05), `<${element.className}> ${element.textContent.slice(0, 30)}`]);
+  }
+  return found.sort((a, b) => a[0] - b[0]).slice(0, 3).concat([[found.length, 'texts']]);
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("audited", [True, False])
+def test_every_text_stands_out_from_its_background(show, scheme, audited):
+    page = small_page() if audited else replace(small_page(), audit=None)
+    tab = show(page, scheme=scheme)
+    for step in (None, ".vertex.neuron", "#tab-audit"):
+        if step:
+            tab.click(step)
+        *lowest, (n_texts, _) = tab.js(CONTRAST)
+        assert n_texts > 10
+        assert lowest[0][0] >= 4.5, f"WCAG AA asks for 4.5 : 1; the faintest texts are {lowest}"
+
+
+def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tmp_path):
+    page = small_page()
+    host = tmp_path / "notebook.html"
+    cell = inline_html(render_page(page), height=640)
+    host.write_text(f"<!doctype html><title>host</title><body>{cell}</body>", encoding="utf-8")
+    tab = browser.tab(width=900, height=700)
+    tab.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
+    tab.open(host)
+    frame = Tab(browser, next(e["params"]["sessionId"] for e in tab.events if e["method"] == "Target.attachedToTarget"))
+    browser.tabs[frame.session] = frame
+    frame.call("Runtime.enable")
+    frame.call("Log.enable")
+    frame.settle()
+    assert frame.js("document.querySelectorAll('.graph .vertex').length") == len(page.nodes) + len(page.tokens)
+    assert tab.js("document.querySelector('iframe').getBoundingClientRect().height") == 642  # with its border
+    assert frame.complaints() == [] and tab.complaints() == [] and tab.requests() == []
+    browser.close_tabs()
