@@ -10,6 +10,7 @@ Imported by `kernels.py` alone, and only where numba is installed.
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,8 +135,7 @@ def _by_rows(kernel, tensors: list[np.ndarray], *rest) -> None:
         kernel(*tensors, *rest)
         return
     futures: list[Future] = [
-        _threads(n - 1).submit(kernel, *[t[a:b] for t in tensors], *rest)
-        for a, b in zip(cuts[1:-1], cuts[2:], strict=True)
+        _threads(n - 1).submit(kernel, *[t[a:b] for t in tensors], *rest) for a, b in pairwise(cuts[1:])
     ]
     kernel(*[t[: cuts[1]] for t in tensors], *rest)
     for future in futures:

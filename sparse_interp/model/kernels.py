@@ -166,9 +166,7 @@ def sink_attention(
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
-def keep_largest_mask_reference(
-    weight: Float[Tensor, "row column"], k: int, floor: int
-) -> Bool[Tensor, "row column"]:
+def keep_largest_mask_reference(weight: Float[Tensor, "row column"], k: int, floor: int) -> Bool[Tensor, "row column"]:
     """`keep_largest_mask` by sorting."""
     size = weight.abs()
     chosen = torch.zeros_like(weight, dtype=torch.bool)

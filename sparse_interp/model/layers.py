@@ -34,6 +34,15 @@ def heard(*points: HookPoint) -> bool:
     return any(p._forward_hooks or p._backward_hooks or p._forward_pre_hooks for p in points)
 
 
+@torch.no_grad()
+def redraw_(weight: Tensor, std: float) -> None:
+    """Normal draws in place of every entry that is not zero. Zeros stay, so that a sparse model keeps its pattern.
+
+    A new weight is made of ones, and so all of it is drawn.
+    """
+    weight.copy_(torch.empty_like(weight).normal_(std=std) * (weight != 0))
+
+
 class Cut(nn.Module):
     """T at one site: AbsTopK keeping floor(afrac * width) entries, or nothing where the config names no such site."""
 
@@ -44,6 +53,7 @@ class Cut(nn.Module):
         """Entries kept, the released code's int(afrac * width); None keeps all."""
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """`x`, cut."""
         return x if self.k is None or self.k == x.shape[-1] else abs_topk(x, self.k)
 
 
@@ -60,6 +70,7 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()  # batch pos size, before the gain
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """`x`, normalised, in memory of its own."""
         if self.kind == "none":
             return x.clone()
         if self.training and self.kind == "rms" and not heard(self.hook_scale, self.hook_normalized):
@@ -94,11 +105,11 @@ class Attention(nn.Module):
         self.cfg = cfg
         heads, d_head, d_model, flat = cfg.n_heads, cfg.d_head, cfg.d_model, cfg.n_heads * cfg.d_head
         for letter in "QKV":
-            setattr(self, f"W_{letter}", nn.Parameter(torch.empty(heads, d_model, d_head)))
+            setattr(self, f"W_{letter}", nn.Parameter(torch.ones(heads, d_model, d_head)))
             if cfg.d_pos_emb is not None:
-                setattr(self, f"W_{letter}_pos", nn.Parameter(torch.empty(heads, cfg.d_pos_emb, d_head)))
+                setattr(self, f"W_{letter}_pos", nn.Parameter(torch.ones(heads, cfg.d_pos_emb, d_head)))
             setattr(self, f"b_{letter}", nn.Parameter(torch.zeros(heads, d_head), requires_grad=cfg.bias))
-        self.W_O = nn.Parameter(torch.empty(heads, d_head, d_model))
+        self.W_O = nn.Parameter(torch.ones(heads, d_head, d_model))
         self.b_O = nn.Parameter(torch.zeros(d_model), requires_grad=cfg.bias)
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.sink else None
         self.cut_q, self.cut_k, self.cut_v = (Cut(cfg, site, flat) for site in "qkv")
@@ -141,8 +152,10 @@ class Attention(nn.Module):
         inside = (self.hook_attn_scores, self.hook_sink_logits, self.hook_pattern, self.hook_sink)
         plain = mask is None and self.cfg.attention_dir == "causal"
         if self.training and plain and not heard(*inside):
-            fused = (t.float().transpose(1, 2) for t in (q, k, v))  # the CPU's fused backward is slow in bf16
-            return sink_attention(*fused, self.sink).transpose(1, 2).contiguous()
+            full = torch.promote_types(q.dtype, torch.float32)  # the CPU's fused backward is slow in bf16
+            fused = (t.to(full).transpose(1, 2) for t in (q, k, v))
+            sink = None if self.sink is None else self.sink.to(full)
+            return sink_attention(*fused, sink).transpose(1, 2).contiguous().to(v.dtype)
         pattern = self.pattern(q, k, mask)
         return torch.einsum("bhqk,bkhd->bqhd", pattern, v.to(pattern.dtype)).contiguous()
 
@@ -177,13 +190,13 @@ class Attention(nn.Module):
         return self.hook_result(heads).sum(2)
 
     def reset_parameters(self) -> None:
-        """Normal weights, zero biases and sinks; the write is scaled down with depth."""
+        """Normal weights where they are not zero, zero biases and sinks; the write is scaled down with depth."""
         std = self.cfg.initializer_range
         for name, p in self.named_parameters(recurse=False):
             if name == "W_O":
-                nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.n_layers))
+                redraw_(p, std / math.sqrt(2 * self.cfg.n_layers))
             elif name.startswith("W_"):
-                nn.init.normal_(p, std=std)
+                redraw_(p, std)
             else:
                 nn.init.zeros_(p)
 
@@ -195,10 +208,10 @@ class MLP(nn.Module):
         super().__init__()
         assert cfg.d_mlp is not None
         self.cfg = cfg
-        self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
-        self.W_in_pos = None if cfg.d_pos_emb is None else nn.Parameter(torch.empty(cfg.d_pos_emb, cfg.d_mlp))
+        self.W_in = nn.Parameter(torch.ones(cfg.d_model, cfg.d_mlp))
+        self.W_in_pos = None if cfg.d_pos_emb is None else nn.Parameter(torch.ones(cfg.d_pos_emb, cfg.d_mlp))
         self.b_in = nn.Parameter(torch.zeros(cfg.d_mlp), requires_grad=cfg.bias)
-        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.W_out = nn.Parameter(torch.ones(cfg.d_mlp, cfg.d_model))
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model), requires_grad=cfg.bias)
         self.act = nn.functional.gelu if cfg.act_fn == "gelu" else nn.functional.relu
         self.cut_neuron, self.cut_write = Cut(cfg, "neuron", cfg.d_mlp), Cut(cfg, "mlp_write", cfg.d_model)
@@ -208,6 +221,7 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def forward(self, read: Read) -> Resid:
+        """What the MLP writes, before `hook_mlp_out`."""
         weight = self.W_in if self.W_in_pos is None else torch.cat([self.W_in, self.W_in_pos])
         pre = read @ weight
         pre = self.hook_pre(pre + self.b_in.to(pre.dtype))
@@ -216,12 +230,12 @@ class MLP(nn.Module):
         return self.cut_write(out + self.b_out.to(out.dtype))
 
     def reset_parameters(self) -> None:
-        """Normal weights, zero biases; the write is scaled down with depth."""
+        """Normal weights where they are not zero, zero biases; the write is scaled down with depth."""
         std = self.cfg.initializer_range
-        nn.init.normal_(self.W_in, std=std)
+        redraw_(self.W_in, std)
         if self.W_in_pos is not None:
-            nn.init.normal_(self.W_in_pos, std=std)
-        nn.init.normal_(self.W_out, std=std / math.sqrt(2 * self.cfg.n_layers))
+            redraw_(self.W_in_pos, std)
+        redraw_(self.W_out, std / math.sqrt(2 * self.cfg.n_layers))
         nn.init.zeros_(self.b_in)
         nn.init.zeros_(self.b_out)
 
@@ -249,6 +263,7 @@ class Block(nn.Module):
         self.hook_resid_post = HookPoint()  # batch pos d_model
 
     def forward(self, resid: Resid, pos: Float[Tensor, "batch pos d_pos"] | None, mask: KeyMask | None) -> Resid:
+        """The stream after the block. `pos` are concatenated positions; `mask` is False where a key is padding."""
         resid = self.hook_resid_pre(resid.clone())  # the block before still holds this tensor as its resid_post
         resid = resid + self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask))
         resid = self.hook_resid_mid(self.cut_mid(self._activate(resid)))

@@ -7,22 +7,22 @@ Gao et al. 2025 (arXiv 2511.13653). This is the only forward pass of the library
 figures are hooks on it.
 """
 
-from collections.abc import Callable
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 from sparse_interp.axes import Logits, Resid, Tokens
-from sparse_interp.errors import ConfigError
-from sparse_interp.model.cache import SparseActivationCache
+from sparse_interp.errors import ConfigError, TokenizerError
+from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.kernels import next_token_loss
-from sparse_interp.model.layers import Block, Norm, heard
+from sparse_interp.model.layers import Block, Norm, heard, redraw_
+from sparse_interp.model.surface import TransformerLensSurface
 from sparse_interp.model.text import TextMethods
 
 
@@ -38,16 +38,17 @@ class Embed(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+        self.W_E = nn.Parameter(torch.ones(cfg.d_vocab, cfg.d_model))
         self.std = cfg.initializer_range
         self.reset_parameters()
 
     def forward(self, tokens: Tokens) -> Resid:
+        """One vector per token."""
         return nn.functional.embedding(tokens, self.W_E)
 
     def reset_parameters(self) -> None:
-        """Normal weights."""
-        nn.init.normal_(self.W_E, std=self.std)
+        """Normal weights where they are not zero."""
+        redraw_(self.W_E, self.std)
 
 
 class PosEmbed(nn.Module):
@@ -55,16 +56,17 @@ class PosEmbed(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_pos_emb or cfg.d_model))
+        self.W_pos = nn.Parameter(torch.ones(cfg.n_ctx, cfg.d_pos_emb or cfg.d_model))
         self.std = cfg.initializer_range
         self.reset_parameters()
 
     def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_pos"]:
+        """One vector per position."""
         return nn.functional.embedding(positions, self.W_pos)
 
     def reset_parameters(self) -> None:
-        """Normal weights."""
-        nn.init.normal_(self.W_pos, std=self.std)
+        """Normal weights where they are not zero."""
+        redraw_(self.W_pos, self.std)
 
 
 class Unembed(nn.Module):
@@ -75,7 +77,7 @@ class Unembed(nn.Module):
         self.std = cfg.initializer_range
         self.tied_to = [tied_to]  # in a list, so that the embedding keeps one name
         if tied_to is None:
-            self.W_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab))
+            self.W_U = nn.Parameter(torch.ones(cfg.d_model, cfg.d_vocab))
         self.b_U = nn.Parameter(torch.zeros(cfg.d_vocab))
         self.hook_in = HookPoint()  # batch pos d_model
         self.hook_out = HookPoint()  # batch pos d_vocab
@@ -87,21 +89,22 @@ class Unembed(nn.Module):
         return super().__getattr__(name)
 
     def forward(self, read: Resid) -> Logits:
+        """Logits without the bigram table, float32 at least."""
         logits = self.hook_in(read) @ self.W_U
         return logits.float() + self.b_U if logits.dtype in (torch.bfloat16, torch.float16) else logits + self.b_U
 
     def reset_parameters(self) -> None:
-        """Normal weights, zero bias."""
+        """Normal weights where they are not zero, zero bias."""
         if self.tied_to[0] is None:
-            nn.init.normal_(self.W_U, std=self.std)
+            redraw_(self.W_U, self.std)
         nn.init.zeros_(self.b_U)
 
 
-class HookedSparseTransformer(TextMethods, HookedRootModule):
+class HookedSparseTransformer(TextMethods, ModelFiles, TransformerLensSurface):
     """A transformer whose weights and activations may be sparse, on TransformerLens hooks.
 
     Args:
-        cfg: its shape.
+        cfg: its shape; the model keeps a copy, in which `device`, `dtype` and the `use_*` flags follow the model.
         tokenizer: a Hugging Face fast tokenizer; without one, the methods that take text raise TokenizerError.
 
     Raises:
@@ -112,7 +115,7 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None):
         super().__init__()
         cfg.validate()
-        self.cfg = cfg
+        self.cfg = cfg = copy.copy(cfg)
         with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None):
             if cfg.seed is not None:
                 torch.manual_seed(cfg.seed)
@@ -133,9 +136,23 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
                 self.bigram_table = nn.Parameter(table)
             else:
                 self.register_buffer("bigram_table", table)
-        self.to(dtype=cfg.dtype, device=cfg.device, print_details=False)
+        self.to(dtype=cfg.dtype, device=cfg.device)
         self.set_tokenizer(tokenizer)
         self.setup()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HookedSparseTransformer":
+        """Every move and cast of a module comes through here; the config follows."""
+        super()._apply(fn, recurse)
+        self.cfg.device, self.cfg.dtype = str(self.embed.W_E.device), self.embed.W_E.dtype
+        return self
+
+    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> "HookedSparseTransformer":
+        """Move or cast the model, and its config with it. `print_details` is TransformerLens'; nothing is printed."""
+        return super().to(*args, **kwargs)
+
+    def mps(self) -> "HookedSparseTransformer":
+        """Move the model to Apple's GPU."""
+        return self.to("mps")
 
     # -- the forward pass -------------------------------------------------------------------------------------------
 
@@ -177,12 +194,15 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
             tokens, attention_mask = self.input_to_tokens(input, prepend_bos, padding_side, attention_mask)
             resid, pos = self.input_to_embed(tokens, attention_mask)
         else:
+            tokens, attention_mask = self._beside_stream(input, tokens, attention_mask)
             resid, pos = input, self._positional_read(tokens, attention_mask, input.shape[:2])
         mask = None if attention_mask is None else attention_mask.bool()
-        for block in list(self.blocks)[slice(start_at_layer, stop_at_layer)]:
+        for block in self._blocks_between(start_at_layer, stop_at_layer):
             resid = block(resid, pos, mask)
         if stop_at_layer is not None:
             return resid
+        if tokens is not None and tokens.shape[1] < 2 and return_type in ("loss", "both"):
+            raise TokenizerError("a next-token loss needs at least 2 tokens; got 1.")
         if return_type == "loss" and self._loss_can_fuse(tokens, attention_mask, loss_per_token):
             read = self.unembed.hook_in(self.ln_final(resid))
             table = self.bigram_table if self.cfg.bigram else None
@@ -196,6 +216,26 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
             raise ConfigError("a loss from `start_at_layer` needs the tokens behind the stream: pass tokens=.")
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def _beside_stream(self, resid: Any, tokens: Any, attention_mask: Any) -> tuple[Tokens | None, Any]:
+        """Tokens and mask that belong to a residual stream given with `start_at_layer`, checked."""
+        shape = getattr(resid, "shape", None)
+        if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[2] != self.cfg.d_model:
+            raise ConfigError(
+                f"with start_at_layer the input is a residual stream [batch pos d_model={self.cfg.d_model}]; "
+                f"got {type(resid).__name__}" + (f" of shape {list(shape)}." if shape is not None else ".")
+            )
+        if tokens is not None:
+            tokens, _ = self.input_to_tokens(tokens)
+            if tokens.shape != resid.shape[:2]:
+                raise ConfigError(f"tokens {list(tokens.shape)} do not fit a stream {list(resid.shape)}.")
+        return tokens, self._checked_mask(attention_mask, resid.shape[:2])
+
+    def _blocks_between(self, start: int | None, stop: int | None) -> list[Block]:
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -self.cfg.n_layers <= layer <= self.cfg.n_layers:
+                raise ConfigError(f"{name}={layer}, and the model has {self.cfg.n_layers} layers.")
+        return self.layers[start:stop]
 
     def input_to_embed(
         self, tokens: Tokens, attention_mask: Int[Tensor, "batch pos"] | None
@@ -223,7 +263,7 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
         if self.cfg.bigram:
             if tokens is None:
                 raise ConfigError(
-                    "logits from `start_at_layer` need the tokens behind the stream, for the bigram table: pass tokens=."
+                    "logits from `start_at_layer` need the tokens behind the stream for the bigram table: pass tokens=."
                 )
             logits = logits + self.hook_bigram(nn.functional.embedding(tokens, self.bigram_table)).to(logits.dtype)
         return self.unembed.hook_out(logits)
@@ -242,88 +282,7 @@ class HookedSparseTransformer(TextMethods, HookedRootModule):
         per_token: bool = False,
     ) -> Float[Tensor, ""] | Float[Tensor, "batch pos_minus_1"]:
         """Next-token cross-entropy, nats; padding counts neither as input nor as target."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if attention_mask is None and not per_token:
-            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-        return lm_cross_entropy_loss(logits.float(), tokens, attention_mask, per_token)
-
-    # -- what TransformerLens' tools ask of a model -------------------------------------------------------------------
-
-    def run_with_cache(
-        self, *model_args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
-    ) -> tuple[Any, SparseActivationCache | dict[str, Tensor]]:
-        """Run the model and keep what its hook points saw: `(output, cache)`, as in TransformerLens.
-
-        `names_filter` takes None, a name, a list of names or a function of a name. The cache's decompositions stay
-        exact under AbsTopK.
-        """
-        out, cache = super().run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return out, cache
-        return out, SparseActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-
-    def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Switch `attn.hook_result` on or off."""
-        self.cfg.use_attn_result = use_attn_result
-
-    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Switch `attn.hook_q_input`, `hook_k_input` and `hook_v_input` on or off."""
-        self.cfg.use_split_qkv_input = use_split_qkv_input
-
-    def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Switch `attn.hook_attn_in` on or off."""
-        self.cfg.use_attn_in = use_attn_in
-
-    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Switch `hook_mlp_in` on or off."""
-        self.cfg.use_hook_mlp_in = use_hook_mlp_in
-
-    @property
-    def layers(self) -> list[Block]:
-        """The blocks, typed."""
-        return list(self.blocks)  # pyright: ignore[reportReturnType]
-
-    def _stacked(self, part: str, name: str) -> Tensor:
-        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
-
-
-def _stacked_property(part: str, name: str, axes: str) -> property:
-    def get(self: HookedSparseTransformer) -> Tensor:
-        return self._stacked(part, name)
-
-    get.__doc__ = f"`{part}.{name}` of every block, [{axes}]."
-    return property(get)
-
-
-def _single_property(path: str, axes: str) -> property:
-    def get(self: HookedSparseTransformer) -> Tensor:
-        module, name = path.split(".")
-        return getattr(getattr(self, module), name)
-
-    get.__doc__ = f"`{path}`, [{axes}]."
-    return property(get)
-
-
-for _name, _part, _axes in (
-    ("W_Q", "attn", "layer head d_model d_head"),
-    ("W_K", "attn", "layer head d_model d_head"),
-    ("W_V", "attn", "layer head d_model d_head"),
-    ("W_O", "attn", "layer head d_head d_model"),
-    ("b_Q", "attn", "layer head d_head"),
-    ("b_K", "attn", "layer head d_head"),
-    ("b_V", "attn", "layer head d_head"),
-    ("b_O", "attn", "layer d_model"),
-    ("W_in", "mlp", "layer d_model d_mlp"),
-    ("b_in", "mlp", "layer d_mlp"),
-    ("W_out", "mlp", "layer d_mlp d_model"),
-    ("b_out", "mlp", "layer d_model"),
-):
-    setattr(HookedSparseTransformer, _name, _stacked_property(_part, _name, _axes))
-for _name, _path, _axes in (
-    ("W_E", "embed.W_E", "d_vocab d_model"),
-    ("W_pos", "pos_embed.W_pos", "n_ctx d_model"),
-    ("W_U", "unembed.W_U", "d_model d_vocab"),
-    ("b_U", "unembed.b_U", "d_vocab"),
-):
-    setattr(HookedSparseTransformer, _name, _single_property(_path, _axes))
-
-Hook = tuple[str | Callable, Callable]
+            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)

@@ -1,0 +1,233 @@
+"""What TransformerLens' tools and notebooks ask of a model, besides its forward pass.
+
+Runs with a cache, switches for optional hook points, weights stacked over layers under their TransformerLens names,
+directions of tokens, biases, and a re-initialisation that keeps zeros zero. Everything here reads the model; nothing
+here is a second way to compute it.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix, HookedRootModule
+
+from sparse_interp.errors import ConfigError
+from sparse_interp.model.cache import SparseActivationCache
+from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.layers import Block
+
+_SWITCHES = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+"""Hook points that fire only while a flag of the config is on."""
+
+
+def _stacked(part: str, name: str, axes: str) -> property:
+    def get(self: "TransformerLensSurface") -> Tensor:
+        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+
+    return property(get, doc=f"`{part}.{name}` of every block, [{axes}].")
+
+
+def _single(part: str, name: str, axes: str) -> property:
+    def get(self: "TransformerLensSurface") -> Tensor:
+        return getattr(getattr(self, part), name)
+
+    return property(get, doc=f"`{part}.{name}`, [{axes}].")
+
+
+class TransformerLensSurface(HookedRootModule):
+    """The methods and properties that TransformerLens has, for a model with `cfg`, `blocks`, `embed` and `unembed`."""
+
+    cfg: ModelConfig
+    blocks: nn.ModuleList
+    ln_final: Any
+    unembed: Any
+    to_single_token: Callable[[str], int]
+
+    # -- running with hooks and caches --------------------------------------------------------------------------------
+
+    def run_with_cache(
+        self, *model_args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+    ) -> tuple[Any, SparseActivationCache | dict[str, Tensor]]:
+        """Run the model and keep what its hook points saw: `(output, cache)`, as in TransformerLens.
+
+        `names_filter` takes None, a name, a list of names or a function of a name. The cache's decompositions stay
+        exact under AbsTopK. `remove_batch_dim` takes a batch of one.
+        """
+        batch = model_args[0] if model_args else kwargs.get("input")
+        if remove_batch_dim and not isinstance(batch, str) and getattr(batch, "ndim", 2) > 1 and len(batch) != 1:
+            raise ConfigError(f"remove_batch_dim takes a batch of one; got {len(batch)}.")
+        out, cache = super().run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, SparseActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
+        """Hooks that fill a cache, as in TransformerLens.
+
+        Points that cannot fire are left out where None or a function chose them, and refused where they were named.
+        """
+        if names_filter is None or callable(names_filter):
+            chosen = names_filter
+            names_filter = [n for n in self.hook_dict if self.why_silent(n) is None and (chosen is None or chosen(n))]
+        else:
+            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+                self._refuse_silent(name)
+        return super().get_caching_hooks(names_filter, *args, **kwargs)
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        """Add a hook that stays until `reset_hooks`, as in TransformerLens."""
+        if isinstance(name, str):
+            self._refuse_silent(name)
+        super().add_hook(name, *args, **kwargs)
+
+    def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
+        self._refuse_silent(name)
+        super()._enable_hook_with_name(name, hook, dir)
+
+    def _refuse_silent(self, name: str) -> None:
+        """Raise KeyError for a name that is no hook point, and ConfigError for one that cannot fire."""
+        if name not in self.mod_dict:
+            near = get_close_matches(name, self.hook_dict, n=1)
+            raise KeyError(f"{name} is no hook point of this model." + (f" Did you mean {near[0]}?" if near else ""))
+        reason = self.why_silent(name)
+        if reason is not None:
+            raise ConfigError(f"a hook on {name} would never fire: {reason}.")
+
+    def why_silent(self, name: str) -> str | None:
+        """Why the hook point `name` does not fire in this model as it is set now; None if it does."""
+        point = name.rpartition(".")[2]
+        switch = _SWITCHES.get(point)
+        if switch is not None and not getattr(self.cfg, switch):
+            return f"{switch} is off, and model.set_{switch}(True) switches it on"
+        if point in ("hook_sink", "hook_sink_logits") and not self.cfg.sink:
+            return "the model was built with sink=False"
+        if point in ("hook_scale", "hook_normalized") and self.cfg.norm == "none":
+            return "the model was built with norm='none'"
+        return None
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Switch `attn.hook_result` on or off."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Switch `attn.hook_q_input`, `hook_k_input` and `hook_v_input` on or off."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Switch `attn.hook_attn_in` on or off."""
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Switch `hook_mlp_in` on or off."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    # -- parts and labels ---------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return list(self.blocks)  # pyright: ignore[reportReturnType]
+
+    def blocks_with(self, submodule: str) -> list[tuple[int, Block]]:
+        """The blocks that have a part of that name, each with its layer."""
+        return [(layer, block) for layer, block in enumerate(self.layers) if submodule in block._modules]
+
+    @property
+    def all_head_labels(self) -> list[str]:
+        """`L0H0`, `L0H1`, ... in the order of `cache.stack_head_results`."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    W_E = _single("embed", "W_E", "d_vocab d_model")
+    W_pos = _single("pos_embed", "W_pos", "n_ctx d_model")
+    W_U = _single("unembed", "W_U", "d_model d_vocab")
+    b_U = _single("unembed", "b_U", "d_vocab")
+    W_Q = _stacked("attn", "W_Q", "layer head d_model d_head")
+    W_K = _stacked("attn", "W_K", "layer head d_model d_head")
+    W_V = _stacked("attn", "W_V", "layer head d_model d_head")
+    W_O = _stacked("attn", "W_O", "layer head d_head d_model")
+    W_in = _stacked("mlp", "W_in", "layer d_model d_mlp")
+    W_out = _stacked("mlp", "W_out", "layer d_mlp d_model")
+    b_Q = _stacked("attn", "b_Q", "layer head d_head")
+    b_K = _stacked("attn", "b_K", "layer head d_head")
+    b_V = _stacked("attn", "b_V", "layer head d_head")
+    b_O = _stacked("attn", "b_O", "layer d_model")
+    b_in = _stacked("mlp", "b_in", "layer d_mlp")
+    b_out = _stacked("mlp", "b_out", "layer d_model")
+
+    @property
+    def W_E_pos(self) -> Float[Tensor, "d_vocab_plus_n_ctx d_model"]:
+        """Token and position vectors, one below the other."""
+        if self.cfg.positions != "add":
+            raise ConfigError(
+                f"W_E_pos stacks what is added to the stream, and positions={self.cfg.positions!r} adds none: use W_E."
+            )
+        return torch.cat([self.W_E, self.W_pos])
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every head, [layer head d_model d_model]; concatenated positions and AbsTopK are not in it."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head, [layer head d_model d_model]; AbsTopK is not in it."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Every parameter under its TransformerLens name; a tied unembedding is there as well."""
+        return dict(self.named_parameters()) | {"unembed.W_U": self.unembed.W_U}
+
+    @property
+    def n_params_total(self) -> int:
+        """Numbers that were trained or could have been, zeros included; a fixed bigram table is none."""
+        return sum(p.numel() for p in self.parameters())
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*batch d_model"]:
+        """The direction of the normalised stream that a token's logit reads: the final gain times its column of W_U.
+
+        TransformerLens divides the stream by the norm's scale and leaves out the gain, expecting it folded into W_U;
+        here it is in the direction, so `cache.logit_attrs` is exact without folding.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        ids = torch.as_tensor(tokens, device=self.unembed.W_U.device)
+        ids = ids.reshape(()) if ids.numel() == 1 else ids
+        directions = self.unembed.W_U.T[ids]
+        return directions if self.cfg.norm == "none" else directions * self.ln_final.w
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the biases that the blocks before `layer` write, as they stand in the weights.
+
+        Under AbsTopK not all of it reaches the stream; the cache's full decomposition has what did.
+        """
+        if not 0 <= layer <= self.cfg.n_layers - mlp_input:
+            raise ConfigError(f"layer={layer} is not in [0, {self.cfg.n_layers - mlp_input}].")
+        before = self.layers[:layer]
+        biases = [block.attn.b_O for block in self.layers[: layer + mlp_input]]
+        biases += [block.mlp.b_out for block in before if include_mlp_biases]
+        return torch.stack(biases).sum(0) if biases else torch.zeros_like(self.layers[0].attn.b_O)
+
+    def reset_parameters(self) -> None:
+        """Draw every weight anew; entries that are zero stay zero, so a sparse model keeps its pattern.
+
+        Biases, sinks and a learned bigram table become zero and gains one; a fixed bigram table stays.
+        """
+        for p in self.parameters(recurse=False):
+            nn.init.zeros_(p)
+        for module in self.modules():
+            if module is not self and callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
