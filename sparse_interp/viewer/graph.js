@@ -76,6 +76,7 @@ function createGraph(stage, model, on) {
     world.attr("transform", state.transform);
     svg.style("--k", k);
     svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
+    svg.classed("far", k < 0.5);
     svg.classed("rails-named", state.layout.railGap * k >= 12.5);
     layers.railNames.selectAll("text").attr("x", (rail) => Math.max(rail.start, (6 - x) / k));
     drawHeading(heading, state.layout, state.transform, size().width);

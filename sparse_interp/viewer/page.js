@@ -193,6 +193,8 @@ function wireEdgeControls(model, graph, refresh) {
   const slider = document.getElementById("threshold"), output = document.getElementById("threshold-output");
   const shown = { residual: document.getElementById("show-residual"), attention: document.getElementById("show-attention") };
   const weights = model.edges.filter(isWeight);
+  // A circuit's edges are the weights within its blocks; what tokens weigh is drawn beside them and counted apart.
+  const counted = weights.filter((edge) => edge.kind === "weight"), entries = weights.filter((edge) => edge.kind !== "weight");
   const sizes = weights.map((edge) => Math.abs(edge.weight)).sort((a, b) => a - b);
   slider.max = String(Math.max(0, sizes.length - 1));
   slider.disabled = sizes.length < 2;
@@ -200,15 +202,19 @@ function wireEdgeControls(model, graph, refresh) {
   function apply() {
     const least = sizes.length ? sizes[Number(slider.value)] : 0;
     for (const edge of model.edges) edge.off = isWeight(edge) ? Math.abs(edge.weight) < least : !shown[edge.kind].checked;
-    const kept = weights.filter((edge) => !edge.off).length;
-    output.textContent = kept === weights.length ? (kept ? `all ${plural(kept, "edge")} shown` : "no edges")
-      : `|w| ≥ ${number(least)} · ${kept} of ${plural(weights.length, "edge")}`;
-    slider.setAttribute("aria-valuetext", `${kept} of ${plural(weights.length, "edge")} shown, weight at least ${number(least)}`);
+    const everything = weights.every((edge) => !edge.off), words = countKept(counted, "edge");
+    output.textContent = everything ? (weights.length ? `all ${plural(counted.length, "edge")} shown` : "no edges") : `|w| ≥ ${number(least)} · ${words}`;
+    const tokens = entries.length ? `, ${countKept(entries, "token weight")}` : "";
+    slider.setAttribute("aria-valuetext", `${words}${tokens} shown, weight at least ${number(least)}`);
     graph.refreshEdges();
     refresh();
   }
   for (const control of [slider, ...Object.values(shown)]) control.addEventListener("input", apply);
   apply();
+}
+
+function countKept(edges, noun) {
+  return `${edges.filter((edge) => !edge.off).length} of ${plural(edges.length, noun)}`;
 }
 
 /** Finds nodes by name, layer, head or channel, and by the tokens that they write. */
