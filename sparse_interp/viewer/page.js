@@ -1,5 +1,8 @@
 // The page itself: reads the payload, keeps what the reader has chosen, and tells graph and panel of it.
 
+/** Pixels between a vertex and its tooltip: far enough to leave the neighbours in the next columns in view. */
+const TOOLTIP_DISTANCE = 190;
+
 /** The payload with what drawing needs: lookups, sizes, and each edge's share of the strongest of its kind. */
 function readModel() {
   const data = JSON.parse(document.getElementById("circuit-data").textContent);
@@ -57,7 +60,7 @@ function startPage() {
     const pointed = state.hovered || state.focused;
     // The panel already says everything about the pinned one; a tooltip would only cover its neighbours.
     const told = pointed && pointed !== state.pinned;
-    showTooltip(told && vertexWords(pointed), told && graph.screenPoint(pointed));
+    showTooltip(told && vertexWords(pointed), told && graph.screenPoint(pointed), TOOLTIP_DISTANCE);
   }
 
   function pin(vertex) {
@@ -95,16 +98,17 @@ function startPage() {
     return [`${fullName(model.vertex(edge.source))} → ${fullName(model.vertex(edge.target))}`, value || `weight ${number(edge.weight, true)}`];
   }
 
-  function showTooltip(lines, point) {
+  /** Beside `point`, at `distance` to the right of it or, where there is no room, to the left. */
+  function showTooltip(lines, point, distance = 16) {
     const tooltip = byId("tooltip");
     tooltip.hidden = !lines;
     if (!lines) return;
     tooltip.replaceChildren(...lines.filter(Boolean).map((text) => el("p", {}, text)));
     const stage = byId("stage"), [x, y] = point;
-    const left = clamp(x + 16, 6, Math.max(6, stage.clientWidth - tooltip.offsetWidth - 6));
-    const below = y + 18 + tooltip.offsetHeight < stage.clientHeight;
-    tooltip.style.left = `${left}px`;
-    tooltip.style.top = `${below ? y + 18 : Math.max(6, y - tooltip.offsetHeight - 14)}px`;
+    const { offsetWidth: width, offsetHeight: height } = tooltip;
+    const left = x + distance + width < stage.clientWidth ? x + distance : x - distance - width;
+    tooltip.style.left = `${clamp(left, 6, Math.max(6, stage.clientWidth - width - 6))}px`;
+    tooltip.style.top = `${clamp(y - height / 2, HEADER_HEIGHT + 4, Math.max(HEADER_HEIGHT + 4, stage.clientHeight - height - 6))}px`;
   }
 
   function stagePoint(event) {
