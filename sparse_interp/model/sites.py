@@ -4,11 +4,12 @@ A *site* is a kind of place, a *node* one channel of a site in one layer, a *wir
 This is the only file that spells hook names, and the table `WIRES` the only place that says what a weight joins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_interp.errors import CircuitError
@@ -143,3 +144,61 @@ WIRES = (
     Wire(NEURON, MLP_WRITE, "mlp.W_out", lambda block: block.mlp.W_out),
 )
 """The within-block weights: what `n_edges` counts, and what training keeps sparse together with W_E and W_U."""
+
+
+@dataclass(frozen=True)
+class NodeValues:
+    """One number for every node: a baseline to hold ablated nodes at, a gate, a score."""
+
+    values: Mapping[Place, Float[Tensor, " width"]]
+    """For every place of the model, one number per channel."""
+
+    kind: str
+    """What the numbers are, for tables and files: `mean over text`, say."""
+
+    def __getitem__(self, place: Place) -> Float[Tensor, " width"]:
+        return self.values[place]
+
+    def of(self, node: Node) -> float:
+        """The number of one node."""
+        return float(self.values[Place(node.layer, node.site)][node.channel])
+
+    def to(self, like: Tensor) -> "NodeValues":
+        """The same numbers on the device and in the precision of `like`."""
+        return NodeValues({place: v.to(like) for place, v in self.values.items()}, self.kind)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raise CircuitError unless there is a number for every node of a model of this shape."""
+        for place in places(cfg):
+            if place not in self.values:
+                raise CircuitError(f"{self.kind}: no values for {place.site} of layer {place.layer}; make them anew.")
+            expected, got = (width(cfg, place.site),), tuple(self.values[place].shape)
+            if got != expected:
+                raise CircuitError(
+                    f"{self.kind}: {place.site} of layer {place.layer} has {expected[0]} nodes in this model and "
+                    f"{got} values here; they belong to another model."
+                )
+
+
+def check_nodes(nodes: Iterable[Node], cfg: ModelConfig) -> None:
+    """Raise CircuitError for a node that a model of this shape does not have."""
+    last = {place.site: place.layer for place in places(cfg)}
+    for node in nodes:
+        size = width(cfg, node.site)
+        first = cfg.n_layers if node.site == FINAL_READ.name else 0
+        if not first <= node.layer <= last[node.site]:
+            raise CircuitError(
+                f"{node}: {node.site} exists in layers {first} to {last[node.site]}, not in {node.layer}."
+            )
+        if not 0 <= node.channel < size:
+            raise CircuitError(f"{node}: {node.site} has channels 0 to {size - 1}, not {node.channel}.")
+
+
+def masks(nodes: Iterable[Node], cfg: ModelConfig) -> dict[Place, Bool[Tensor, " width"]]:
+    """For every place, which of its channels are among `nodes`."""
+    nodes = list(nodes)
+    check_nodes(nodes, cfg)
+    found = {place: torch.zeros(width(cfg, place.site), dtype=torch.bool) for place in places(cfg)}
+    for node in nodes:
+        found[Place(node.layer, node.site)][node.channel] = True
+    return found

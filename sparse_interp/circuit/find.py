@@ -1,0 +1,178 @@
+"""find_circuit: learn gates, choose the size, drop what is not needed, and say what came out beside the model.
+
+    1  learn_gates ranks the nodes                                          on training pairs
+    2  the smallest prefix of the ranking that meets the stopping rule      on selection pairs
+    3  knock out each node that is left; drop the least needed as long as the rule holds; repeat
+
+Step 3 is what gates cannot do: a gate is trained among all the others, half of which are gone in the end.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
+from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.ablation import Masks
+from sparse_interp.interventions.pruning import (
+    PruneConfig,
+    Selection,
+    learn_gates,
+    smallest_prefix,
+    split_pairs,
+)
+from sparse_interp.model.sites import Node, NodeValues, masks
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.tasks.task import Task
+
+MAX_PASSES = 4
+"""Rounds of knocking out and dropping; the last one only measures."""
+
+KNOCK_OUT_EVERY = 5
+"""One in so many selection prompts measures a knock-out; odd, so that both sides of pairs are among them."""
+
+
+def find_circuit(
+    model: HookedSparseTransformer,
+    task: Task,
+    config: PruneConfig | None = None,
+    *,
+    baseline: NodeValues,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> Circuit:
+    """The smallest circuit that the search finds to agree with `model` on `task`. The test split is never looked at.
+
+    Args:
+        model: the model, in any mode.
+        task: prompts in the model's own tokens.
+        config: how to search; None takes the defaults, which ask for agreement with the model.
+        baseline: what nodes outside the circuit are held at, `mean_activations` of text as a rule.
+        generator: draws prompts and starting gates.
+        progress: whether to show progress bars.
+
+    Raises:
+        CircuitError: if no circuit meets the stopping rule, or the baseline is another model's.
+        TaskError: if the task has too few pairs, or prompts longer than the model's context.
+    """
+    config = config or PruneConfig()
+    task.check_fits(model.cfg.n_ctx)
+    seed = generator.initial_seed()
+    train, select = split_pairs(task, config, generator)
+    search = learn_gates(model, train, config, baseline, generator=generator, progress=progress)
+    selection = Selection(model, select, baseline)
+
+    def good(n: int) -> bool:
+        return selection.fit(kept_by(search.order[:n], model, config)).enough(config)
+
+    prefix = search.order[: smallest_prefix(len(search.order), good)]
+    nodes, importance = _without_idle(model, prefix, selection, config, progress)
+    return Circuit.of_nodes(
+        model,
+        nodes,
+        baseline,
+        tau=search.tau,
+        importance=importance,
+        task_name=task.name,
+        task_sha256=task.templates_sha256,
+        prune=config,
+        seed=seed,
+        scores=_scores(model, nodes, search.order, selection, config),
+        history=search.history,
+    )
+
+
+def kept_by(nodes: Iterable[Node], model: HookedSparseTransformer, config: PruneConfig) -> Masks:
+    """What a circuit of `nodes` keeps: those, and every node of a site without gates."""
+    found = masks(nodes, model.cfg)
+    return {place: m if place.site in config.sites else torch.ones_like(m) for place, m in found.items()}
+
+
+def _units(nodes: Sequence[Node], config: PruneConfig) -> list[tuple[Node, ...]]:
+    """What is dropped in one piece: a node, or the q and k of a channel where they share a gate."""
+    if not config.share_qk:
+        return [(node,) for node in nodes]
+    kept = set(nodes)
+    units = []
+    for node in nodes:
+        partner = Node(node.layer, "k", node.channel) if node.site == "q" else None
+        if partner in kept:
+            units.append((node, partner))
+        elif not (node.site == "k" and Node(node.layer, "q", node.channel) in kept):
+            units.append((node,))
+    return units
+
+
+def _without_idle(
+    model: HookedSparseTransformer,
+    nodes: Sequence[Node],
+    selection: Selection,
+    config: PruneConfig,
+    progress: bool,
+) -> tuple[list[Node], dict[Node, float]]:
+    """Drop what the stopping rule can do without; each node that stays comes with what its knock-out costs."""
+    units = _units(nodes, config)
+    for n_pass in range(MAX_PASSES):
+        cost = _knock_outs(model, units, selection, config, progress, f"knock-outs {n_pass + 1}")
+        if n_pass == MAX_PASSES - 1:
+            break
+        order = sorted(range(len(units)), key=lambda i: -cost[i])
+
+        def good(n: int, order: list[int] = order, units: list[tuple[Node, ...]] = units) -> bool:
+            kept = [node for i in order[:n] for node in units[i]]
+            return selection.fit(kept_by(kept, model, config)).enough(config)
+
+        n_needed = smallest_prefix(len(units), good)
+        if n_needed == len(units):
+            break
+        units = [units[i] for i in sorted(order[:n_needed])]
+    importance = {node: c for unit, c in zip(units, cost, strict=True) for node in unit}
+    return [node for unit in units for node in unit], importance
+
+
+def _knock_outs(
+    model: HookedSparseTransformer,
+    units: Sequence[tuple[Node, ...]],
+    selection: Selection,
+    config: PruneConfig,
+    progress: bool,
+    title: str,
+) -> list[float]:
+    """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
+    everything = {node for unit in units for node in unit}
+    whole = selection.kl(kept_by(everything, model, config), KNOCK_OUT_EVERY)
+    costs = []
+    for unit in tqdm(units, disable=not progress, desc=title, unit="node"):
+        without = selection.kl(kept_by(everything - set(unit), model, config), KNOCK_OUT_EVERY)
+        costs.append((without - whole).mean().item())
+    return costs
+
+
+def _scores(
+    model: HookedSparseTransformer,
+    nodes: Sequence[Node],
+    order: Sequence[Node],
+    selection: Selection,
+    config: PruneConfig,
+) -> pd.DataFrame:
+    """Both losses side by side, the divergence, and the size that the paper's own stopping rule would have chosen."""
+    fit = selection.fit(kept_by(nodes, model, config))
+
+    def reaches_target(n: int) -> bool:
+        return selection.fit(kept_by(order[:n], model, config)).loss <= config.target_task_loss
+
+    try:
+        at_target = float(smallest_prefix(len(order), reaches_target))
+    except CircuitError:
+        at_target = float("nan")  # the model itself does not get there
+    method = (f"full, {selection.baseline.kind}", "selection", len(selection.batch))
+    rows = [
+        ("task loss of circuit", fit.loss, "nats", "cross-entropy of answer against foil"),
+        ("task loss of model", fit.model_loss, "nats", "cross-entropy of answer against foil"),
+        ("KL(model || circuit)", fit.kl, "nats", "vocabulary at the answer position"),
+        (f"nodes at task loss {config.target_task_loss}", at_target, "nodes", "prefix of the ranking"),
+    ]
+    table = [(name, value, unit, method[0], metric, method[1], method[2]) for name, value, unit, metric in rows]
+    return pd.DataFrame(table, columns=list(SCORE_COLUMNS))

@@ -1,0 +1,305 @@
+"""Circuit: nodes, the weights between them, and the values that everything else is held at.
+
+    with circuit.running(model):  logits = model(tokens)      every node outside the circuit holds its baseline
+
+Edges are read off the weights, never fitted: a non-zero entry of W_Q, W_K, W_V, W_O, W_in or W_out between two kept
+nodes. Those are what `n_edges` counts. Identity wires along the residual stream and the wires by which q and k act on the write
+through the attention pattern are drawn and not counted; entries of W_E and W_U are listed and counted apart.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+import torch
+
+from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
+from sparse_interp.interventions.pruning import PruneConfig
+from sparse_interp.model.checkpoint import weights_sha256
+from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.sites import WIRES, Node, NodeValues, Place, check_nodes, masks, places
+from sparse_interp.model.transformer import HookedSparseTransformer
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importance_nats")
+EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
+SCORE_COLUMNS = ("measure", "value", "unit", "ablation", "metric", "split", "n_prompts")
+
+_READS, _WRITES = ("attn_read", "mlp_read", "final_read"), ("attn_write", "mlp_write")
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """A set of nodes of one model, for one task, with what everything outside it is held at."""
+
+    nodes: pd.DataFrame
+    """One row per node: `layer`, `site`, `channel`, `head` (q, k, v), `baseline`, `tau`, `importance_nats`."""
+
+    edges: pd.DataFrame
+    """One row per wire: `source` and `target` (as `L0.neuron.12`), `kind`, `weight_name`, `weight`."""
+
+    baseline: NodeValues
+    """What every node is held at while it is outside the circuit."""
+
+    cfg: ModelConfig
+    """Shape of the model that the circuit belongs to."""
+
+    model_name: str
+    """What that model is called."""
+
+    model_sha256: str
+    """Hash of its weights."""
+
+    task_name: str | None = None
+    """Task that the circuit was found for."""
+
+    task_sha256: str | None = None
+    """Hash of that task's templates."""
+
+    tokenizer_sha256: str | None = None
+    """Hash of the tokenizer that the task's prompts were written with."""
+
+    prune: PruneConfig | None = None
+    """How the circuit was searched for; None if it was put together by hand."""
+
+    seed: int | None = None
+    """Seed of the search."""
+
+    scores: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(SCORE_COLUMNS)))
+    """What was measured, with the ablation, metric, split and number of prompts of each number."""
+
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """The search, step by step."""
+
+    @classmethod
+    def of_nodes(
+        cls,
+        model: HookedSparseTransformer,
+        nodes: Iterable[Node],
+        baseline: NodeValues,
+        *,
+        tau: NodeValues | None = None,
+        importance: dict[Node, float] | None = None,
+        **origin: Any,
+    ) -> Self:
+        """The circuit of `nodes` in `model`, edges read off its weights.
+
+        Raises:
+            CircuitError: for a node that the model does not have, or a baseline of another model.
+        """
+        kept = sorted(set(nodes), key=lambda node: (_order(model.cfg)[Place(node.layer, node.site)], node.channel))
+        check_nodes(kept, model.cfg)
+        baseline.check(model.cfg)
+        rows = []
+        for node in kept:
+            head = node.channel // model.cfg.d_head if node.site in ("q", "k", "v") else None
+            known = None if tau is None else tau.of(node)
+            needed = None if importance is None else importance.get(node)
+            rows.append((*node, head, baseline.of(node), known, needed))
+        frame = pd.DataFrame(rows, columns=list(NODE_COLUMNS)).astype(
+            {"head": "Int64", "baseline": float, "tau": float, "importance_nats": float}
+        )
+        return cls(
+            nodes=frame,
+            edges=edges_between(model, kept),
+            baseline=baseline,
+            cfg=model.cfg,
+            model_name=model.cfg.model_name,
+            model_sha256=weights_sha256(model),
+            **origin,
+        )
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def node_set(self) -> frozenset[Node]:
+        """The nodes, as a set."""
+        columns = self.nodes[["layer", "site", "channel"]]
+        return frozenset(Node(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False))
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.nodes)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of non-zero within-block weights between kept nodes."""
+        return int((self.edges.kind == "weight").sum())
+
+
+    # -- running it -------------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> Masks:
+        """For every place, which channels are in the circuit; sites that the search left alone keep everything."""
+        found = masks(self.node_set, self.cfg)
+        if self.prune is None:
+            return found
+        return {p: m if p.site in self.prune.sites else torch.ones_like(m) for p, m in found.items()}
+
+    def hooks(self, model: HookedSparseTransformer) -> FwdHooks:
+        """Plain forward hooks under which `model` runs as this circuit, for any TransformerLens call.
+
+        Raises:
+            CircuitError: if the model has another shape or other weights.
+        """
+        self.check_model(model)
+        return holding_hooks(self.kept, self.baseline)
+
+    @contextmanager
+    def running(self, model: HookedSparseTransformer) -> Iterator[HookedSparseTransformer]:
+        """Inside the block `model` runs as this circuit: everything outside it holds its baseline."""
+        with model.hooks(fwd_hooks=self.hooks(model)):
+            yield model
+
+    @contextmanager
+    def removed(self, model: HookedSparseTransformer) -> Iterator[HookedSparseTransformer]:
+        """Inside the block `model` runs without this circuit: its nodes hold their baseline, the rest is computed."""
+        self.check_model(model)
+        outside = {place: ~mask for place, mask in masks(self.node_set, self.cfg).items()}
+        with model.hooks(fwd_hooks=holding_hooks(outside, self.baseline)):
+            yield model
+
+    def check_model(self, model: HookedSparseTransformer) -> None:
+        """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""
+        self.baseline.check(model.cfg)
+        sha256 = weights_sha256(model)
+        if sha256 != self.model_sha256:
+            raise CircuitError(
+                f"this circuit was found in {self.model_name!r} with weights {self.model_sha256[:12]}, and the model "
+                f"at hand ({model.cfg.model_name!r}) has weights {sha256[:12]}. Load the model it belongs to; for "
+                "another snapshot of the same shape, use circuit.transplanted(model)."
+            )
+
+    def transplanted(self, model: HookedSparseTransformer, baseline: NodeValues | None = None) -> "Circuit":
+        """The same nodes in another model of the same shape, edges and hash read anew."""
+        moved = Circuit.of_nodes(model, self.node_set, baseline or self.baseline)
+        return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
+
+    # -- set algebra ------------------------------------------------------------------------------------------------
+
+    def _combined(self, other: "Circuit", nodes: Iterable[Node], model: None = None) -> "Circuit":
+        if self.model_sha256 != other.model_sha256:
+            raise CircuitError(
+                f"circuits of different models do not combine: {self.model_name} ({self.model_sha256[:12]}) and "
+                f"{other.model_name} ({other.model_sha256[:12]})."
+            )
+        wanted = {str(node) for node in nodes}
+        both_nodes = pd.concat([self.nodes, other.nodes]).drop_duplicates(["layer", "site", "channel"])
+        names = [str(Node(*row)) for row in both_nodes[["layer", "site", "channel"]].itertuples(index=False)]
+        both_edges = pd.concat([self.edges, other.edges]).drop_duplicates(["source", "target", "kind"])
+        ends = both_edges.source.isin(wanted) & both_edges.target.isin(wanted)
+        return replace(
+            self,
+            nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
+            edges=both_edges[ends].reset_index(drop=True),
+            scores=self.scores.iloc[:0],
+            history=self.history.iloc[:0],
+        )
+
+    def __and__(self, other: "Circuit") -> "Circuit":
+        """Nodes in both, with the edges between them."""
+        return self._combined(other, self.node_set & other.node_set)
+
+    def __sub__(self, other: "Circuit") -> "Circuit":
+        """Nodes of this one that the other lacks, with the edges between them."""
+        return self._combined(other, self.node_set - other.node_set)
+
+    def to_networkx(self) -> "nx.DiGraph":
+        """Nodes with their columns, edges with theirs, as a directed graph."""
+        import networkx as nx  # 0.1 s that only those who ask for a graph should pay
+
+        graph = nx.DiGraph(model=self.model_name, task=self.task_name or "")
+        for row in self.nodes.to_dict("records"):
+            node = Node(row["layer"], row["site"], row["channel"])
+            graph.add_node(str(node), **{k: v for k, v in row.items() if not pd.isna(v)})
+        for row in self.edges.to_dict("records"):
+            if row["source"] in graph and row["target"] in graph:
+                graph.add_edge(row["source"], row["target"], **{k: row[k] for k in ("kind", "weight_name", "weight")})
+        return graph
+
+    def __repr__(self) -> str:
+        return (
+            f"Circuit of {self.model_name} for {self.task_name or 'no task'}: {self.n_nodes} nodes, "
+            f"{self.n_edges} edges, others held at {self.baseline.kind}"
+        )
+
+
+def _order(cfg: ModelConfig) -> dict[Place, int]:
+    return {place: i for i, place in enumerate(places(cfg))}
+
+
+def edges_between(model: HookedSparseTransformer, nodes: Iterable[Node]) -> pd.DataFrame:
+    """Every wire between two of `nodes`: weights, residual identities, and q/k to write."""
+    channels: dict[Place, list[int]] = {}
+    for node in sorted(nodes, key=lambda n: n.channel):
+        channels.setdefault(Place(node.layer, node.site), []).append(node.channel)
+    rows = [*_weight_edges(model, channels), *_residual_wires(model.cfg, channels), *_attention_wires(model, channels)]
+    return pd.DataFrame(rows, columns=list(EDGE_COLUMNS)).astype({"weight": float})
+
+
+def _weight_edges(model: HookedSparseTransformer, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+    for layer, block in enumerate(model.layers):
+        for wire in WIRES:
+            sources = channels.get(Place(layer, wire.source.name), [])
+            targets = channels.get(Place(layer, wire.target.name), [])
+            if not sources or not targets:
+                continue
+            part = wire.weight(block).detach()[sources][:, targets].cpu()
+            for i, j in part.nonzero().tolist():
+                source, target = Node(layer, wire.source.name, sources[i]), Node(layer, wire.target.name, targets[j])
+                yield str(source), str(target), "weight", wire.weight_name, float(part[i, j])
+
+
+def _residual_wires(cfg: ModelConfig, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+    """From each write to every later read of the same channel."""
+    order = _order(cfg)
+    for written, from_channels in channels.items():
+        for read, to_channels in channels.items():
+            if written.site in _WRITES and read.site in _READS and order[written] < order[read]:
+                for channel in sorted(set(from_channels) & set(to_channels)):
+                    yield str(Node(*written, channel)), str(Node(*read, channel)), "residual", "", 1.0
+
+
+def _attention_wires(model: HookedSparseTransformer, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+    """From each q and k to the writes that its head's kept v nodes reach: the pattern carries it there."""
+    d_head = model.cfg.d_head
+    for layer, block in enumerate(model.layers):
+        values, writes = channels.get(Place(layer, "v"), []), channels.get(Place(layer, "attn_write"), [])
+        weight = block.attn.W_O.detach().flatten(0, 1)
+        reached: dict[int, set[int]] = {}
+        for v in values:
+            reached.setdefault(v // d_head, set()).update(w for w in writes if weight[v, w] != 0)
+        for site in ("q", "k"):
+            for channel in channels.get(Place(layer, site), []):
+                for write in sorted(reached.get(channel // d_head, ())):
+                    yield str(Node(layer, site, channel)), str(Node(layer, "attn_write", write)), "attention", "", 0.0
+
+
+def token_edges(
+    model: HookedSparseTransformer, nodes: Iterable[Node], inputs: Iterable[int], outputs: Iterable[int]
+) -> pd.DataFrame:
+    """Entries of W_E from `inputs` to read channels, and of W_U from kept final reads to `outputs`.
+
+    `source` or `target` is a token, written `token.ID`. Listed and counted apart from `n_edges`.
+    """
+    nodes = list(nodes)
+    rows = []
+    embedding, unembedding = model.embed.W_E.detach().cpu(), model.unembed.W_U.detach().cpu()
+    for node in nodes:
+        if node.site in ("attn_read", "mlp_read", "final_read") and node.channel < model.cfg.d_model:
+            for token in inputs:
+                if weight := float(embedding[token, node.channel]):
+                    rows.append((f"token.{token}", str(node), "embedding", "embed.W_E", weight))
+        if node.site == "final_read":
+            for token in outputs:
+                if weight := float(unembedding[node.channel, token]):
+                    rows.append((str(node), f"token.{token}", "unembedding", "unembed.W_U", weight))
+    return pd.DataFrame(rows, columns=list(EDGE_COLUMNS)).astype({"weight": float})

@@ -1,0 +1,385 @@
+"""Learned masks: which nodes a behaviour needs, found by gradient.
+
+    m = 1[tau >= 0],   dm/dtau = sigmoid'(tau / T) / T                        one gate per node, shared by all positions
+    x_node  <-  m x_node + (1 - m) baseline_node                              after AbsTopK
+    loss    =   objective(gated model) + k_coef * sum(m)
+
+Gao et al. 2025 (arXiv 2511.13653) minimise the task's cross-entropy, which rewards circuits that do *better* than
+their model. The default here is agreement: the divergence KL(model || circuit) over the whole vocabulary at the answer
+position, on both sides of every pair. Gates are then ranked and the smallest prefix is kept that agrees well enough
+on prompts held out from their training (method and pitfalls: Drori 2026).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from tqdm import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from sparse_interp.axes import PerPrompt
+from sparse_interp.errors import CircuitError, ConfigError
+from sparse_interp.interventions.ablation import FwdHooks, Masks, evaluating, holding_hooks
+from sparse_interp.model.sites import SITES, Node, NodeValues, Place, flat, places, width
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
+
+AnswerLogits = Float[Tensor, "batch d_vocab"]
+OBJECTIVES = ("agreement", "task_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """How a circuit is searched for. The defaults ask for agreement with the model, not for doing the task well."""
+
+    objective: str = "agreement"
+    """`agreement` (KL to the full model at the answer position) or `task_loss` (the paper's, which may cheat)."""
+
+    k_coef: float = 2e-3
+    """Price of one open gate, nats."""
+
+    n_steps: int = 600
+    """Optimizer steps on gates."""
+
+    batch_size: int = 32
+    """Pairs per step, both prompts of each."""
+
+    lr: float = 2e-2
+    """AdamW's learning rate, falling linearly to 0."""
+
+    temperature: float = 1.0
+    """T of the gate's surrogate gradient."""
+
+    tau_init: float = 0.1
+    """Where gates start; positive is open."""
+
+    tau_noise: float = 0.01
+    """Standard deviation of the start."""
+
+    sites: tuple[str, ...] = tuple(SITES)
+    """Sites whose nodes have gates; nodes of other sites stay as they are and are not counted."""
+
+    share_qk: bool = True
+    """Whether a q and a k node of the same head and channel share one gate: neither does anything alone."""
+
+    n_train: int = 2048
+    """Pairs that gates are trained on."""
+
+    n_selection: int = 256
+    """Pairs, apart from those, on which the size is chosen; the test split is never used."""
+
+    max_kl: float = 0.05
+    """Largest mean KL(model || circuit) of the chosen circuit on the selection pairs, nats."""
+
+    max_loss_gap: float = 0.03
+    """Largest |task loss of circuit - task loss of model| on the selection pairs, nats."""
+
+    target_task_loss: float = 0.15
+    """The paper's stopping rule, used by the objective `task_loss` and reported as a column for every search, nats."""
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective={self.objective!r}; choose {' or '.join(map(repr, OBJECTIVES))}.")
+        for name in ("n_steps", "batch_size", "n_train", "n_selection"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}, and a search needs at least 1.")
+        for name in ("lr", "temperature", "max_kl", "max_loss_gap", "target_task_loss"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; it must be above 0.")
+        unknown = [site for site in self.sites if site not in SITES]
+        if unknown or not self.sites:
+            raise ConfigError(f"sites={self.sites}: expected some of {', '.join(SITES)}.")
+        if self.share_qk and ("q" in self.sites) != ("k" in self.sites):
+            raise ConfigError("share_qk needs q and k both among sites, or neither; set share_qk=False.")
+
+
+def answer_logits(model: HookedSparseTransformer, batch: TaskBatch) -> AnswerLogits:
+    """The model's logits at each prompt's answer position, nothing unembedded elsewhere."""
+    device = model.embed.W_E.device
+    tokens, last = batch.clean[:, : int(batch.lengths.max())].to(device), batch.last.to(device)
+    causal = model.cfg.attention_dir == "causal"  # padding on the right is then never seen from the answer position
+    mask = None if causal else batch.attention_mask[:, : tokens.shape[1]].to(device)
+    resid = model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+    rows = torch.arange(len(tokens), device=device)
+    here = {"tokens": tokens[rows, last][:, None], "start_at_layer": model.cfg.n_layers}
+    return model(resid[rows, last][:, None], **here)[:, 0]
+
+
+def both_sides(batch: TaskBatch) -> TaskBatch:
+    """Every pair twice: once with each of its prompts as the clean one."""
+    other = batch.swapped()
+    return TaskBatch(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(batch).items()})
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tau: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.temperature = temperature
+        return (tau >= 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (tau,) = ctx.saved_tensors
+        soft = torch.sigmoid(tau / ctx.temperature)
+        return grad * soft * (1 - soft) / ctx.temperature, None
+
+
+def gate(tau: Float[Tensor, " width"], temperature: float = 1.0) -> Float[Tensor, " width"]:
+    """Exactly 1 where `tau >= 0`, else exactly 0; its gradient is that of sigmoid(tau / temperature)."""
+    return _Gate.apply(tau, temperature)  # pyright: ignore[reportReturnType]
+
+
+def _gating(m: Float[Tensor, " width"], baseline: Float[Tensor, " width"]) -> Callable:
+    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
+        channels = flat(activation)
+        return (baseline + m * (channels - baseline)).view_as(activation)
+
+    return hook
+
+
+@dataclass(frozen=True)
+class GateSearch:
+    """What learn_gates found: a ranking of nodes, and how the search went."""
+
+    order: list[Node]
+    """Nodes of the gated sites, the most needed first. With shared gates, q and k of a channel follow each other."""
+
+    tau: NodeValues
+    """Final gate parameters; nodes without a gate have +inf."""
+
+    history: pd.DataFrame
+    """One row per step: `step`, `objective_nats`, `open_gates`."""
+
+
+class _Gates:
+    """The trainable taus of a model, with q and k of a channel tied where asked."""
+
+    def __init__(self, model: HookedSparseTransformer, config: PruneConfig, generator: torch.Generator):
+        self.cfg, self.config = model.cfg, config
+        self.tau: dict[Place, Tensor] = {}
+        for place in places(model.cfg):
+            if place.site in config.sites and not (config.share_qk and place.site == "k"):
+                noise = torch.randn(width(model.cfg, place.site), generator=generator)
+                start = (config.tau_init + config.tau_noise * noise).to(model.embed.W_E)
+                self.tau[place] = start.requires_grad_()
+        self.gain = {place: torch.zeros_like(tau) for place, tau in self.tau.items()}
+
+    def of(self, place: Place) -> Tensor | None:
+        if self.config.share_qk and place.site == "k":
+            place = Place(place.layer, "q")
+        return self.tau.get(place)
+
+    def hooks(self, baseline: NodeValues) -> tuple[FwdHooks, list[Tensor]]:
+        opened: dict[int, Tensor] = {}
+        hooks: FwdHooks = []
+        for place in places(self.cfg):
+            tau = self.of(place)
+            if tau is not None:
+                m = opened.setdefault(id(tau), gate(tau, self.config.temperature))
+                hooks.append((place.hook, _gating(m, baseline[place])))
+        return hooks, list(opened.values())
+
+    @torch.no_grad()
+    def note_gain(self, n_step: int) -> None:
+        """Running mean of how steeply the objective falls as a gate opens: what separates gates of equal tau."""
+        for place, tau in self.tau.items():
+            if tau.grad is not None:
+                self.gain[place] += (-tau.grad - self.gain[place]) * max(0.02, 1 / (n_step + 1))
+
+    def ranking(self) -> list[Node]:
+        keys = []
+        for place, tau in self.tau.items():
+            values = torch.stack([tau.detach(), self.gain[place]], 1).tolist()
+            keys += [(-t, -g, place, channel) for channel, (t, g) in enumerate(values)]
+        order = []
+        for _, _, place, channel in sorted(keys):
+            order.append(Node(place.layer, place.site, channel))
+            if self.config.share_qk and place.site == "q":
+                order.append(Node(place.layer, "k", channel))
+        return order
+
+    def values(self) -> NodeValues:
+        found = {}
+        for place in places(self.cfg):
+            tau = self.of(place)
+            none = torch.full((width(self.cfg, place.site),), torch.inf)
+            found[place] = none if tau is None else tau.detach().cpu()
+        return NodeValues(found, "gate tau")
+
+
+def objective_of(config: PruneConfig) -> Callable[[AnswerLogits, AnswerLogits, TaskBatch], Float[Tensor, ""]]:
+    """What the search minimises besides size: (model logits, circuit logits, batch) -> nats."""
+    if config.objective == "task_loss":
+        return lambda reference, logits, batch: answer_loss(logits, batch).mean()
+    return lambda reference, logits, batch: kl_div(
+        log_softmax(logits, -1), log_softmax(reference, -1), log_target=True, reduction="batchmean"
+    )
+
+
+def learn_gates(
+    model: HookedSparseTransformer,
+    pairs: TaskBatch,
+    config: PruneConfig,
+    baseline: NodeValues,
+    *,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> GateSearch:
+    """Train one gate per node on `pairs` and rank the nodes by what came out.
+
+    Raises:
+        CircuitError: if `baseline` does not fit the model.
+    """
+    baseline.check(model.cfg)
+    baseline = baseline.to(model.embed.W_E)
+    batch = both_sides(pairs).to(model.embed.W_E.device)
+    objective = objective_of(config)
+    gates = _Gates(model, config, generator)
+    taus = list(gates.tau.values())
+    optimizer = torch.optim.AdamW(taus, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    history = []
+    with evaluating(model), _frozen(model):
+        reference = all_answer_logits(model, batch)
+        steps = tqdm(range(config.n_steps), disable=not progress, desc="gates", unit="step")
+        for step, rows in zip(steps, _draws(pairs.lengths, config, generator), strict=False):
+            here = batch.rows(rows)
+            hooks, opened = gates.hooks(baseline)
+            with model.hooks(fwd_hooks=hooks):
+                fit = objective(reference[rows], answer_logits(model, here), here)
+            grads = torch.autograd.grad(fit, taus, retain_graph=False, allow_unused=True)
+            for tau, grad in zip(taus, grads, strict=True):
+                tau.grad = torch.zeros_like(tau) if grad is None else grad
+            gates.note_gain(step)
+            _add_price(taus, config)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * (1 - step / config.n_steps)
+            optimizer.step()
+            with torch.no_grad():
+                for tau in taus:
+                    tau.clamp_(-1, 1)
+            n_open = sum(int((tau >= 0).sum()) for tau in taus)
+            history.append((step + 1, fit.item(), n_open))
+            if step % 10 == 0:
+                steps.set_postfix_str(f"{config.objective} {fit.item():.3f}, open {n_open}")
+    frame = pd.DataFrame(history, columns=["step", "objective_nats", "open_gates"])
+    return GateSearch(gates.ranking(), gates.values(), frame)
+
+
+@torch.no_grad()
+def _add_price(taus: list[Tensor], config: PruneConfig) -> None:
+    """The gradient of k_coef * sum(gate): written out, so that `gain` holds the objective's share alone."""
+    for tau in taus:
+        soft = torch.sigmoid(tau / config.temperature)
+        assert tau.grad is not None
+        tau.grad += config.k_coef * soft * (1 - soft) / config.temperature
+
+
+def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of both sides of random pairs, epoch after epoch; a batch's pairs are of similar length, to pad little."""
+    n_pairs = len(lengths)
+    while True:
+        order = torch.randperm(n_pairs, generator=generator)
+        for pool in order.split(16 * config.batch_size):
+            batches = pool[lengths[pool].argsort(stable=True)].split(config.batch_size)
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                yield torch.cat([batches[i], batches[i] + n_pairs])
+
+
+class _frozen:  # noqa: N801 - used as a verb
+    """Inside the block no parameter asks for a gradient."""
+
+    def __init__(self, model: HookedSparseTransformer):
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for p in self.trained:
+            p.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for p in self.trained:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def all_answer_logits(model: HookedSparseTransformer, batch: TaskBatch, size: int = 128) -> AnswerLogits:
+    """`answer_logits` of a batch of any size: prompts of like length run together, so that little is padding."""
+    order = batch.lengths.argsort(stable=True).cpu()
+    parts = [answer_logits(model, batch.rows(rows)) for rows in order.split(size)]
+    return torch.cat(parts)[order.argsort()]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a set of nodes does on the selection pairs, beside the model."""
+
+    kl: float
+    """Mean KL(model || circuit) at the answer position, nats."""
+
+    loss: float
+    """Mean task loss of the circuit, nats."""
+
+    model_loss: float
+    """Mean task loss of the model, nats."""
+
+    def enough(self, config: PruneConfig) -> bool:
+        """Whether the circuit may stop growing."""
+        if config.objective == "task_loss":
+            return self.loss <= config.target_task_loss
+        return self.kl <= config.max_kl and abs(self.loss - self.model_loss) <= config.max_loss_gap
+
+
+class Selection:
+    """Fixed pairs on which candidate circuits are measured while their size is chosen."""
+
+    def __init__(self, model: HookedSparseTransformer, pairs: TaskBatch, baseline: NodeValues):
+        self.model, self.baseline = model, baseline.to(model.embed.W_E)
+        self.batch = both_sides(pairs).to(model.embed.W_E.device)
+        with evaluating(model):
+            self.reference = all_answer_logits(model, self.batch)
+        self.model_loss = answer_loss(self.reference, self.batch).mean().item()
+
+    def logits(self, kept: Masks, batch: TaskBatch) -> AnswerLogits:
+        """Answer logits of the circuit that keeps `kept`."""
+        with evaluating(self.model), self.model.hooks(fwd_hooks=holding_hooks(kept, self.baseline)):
+            return all_answer_logits(self.model, batch)
+
+    def kl(self, kept: Masks, every: int = 1) -> PerPrompt:
+        """KL(model || circuit) per prompt, of one in `every` prompts."""
+        rows = torch.arange(0, len(self.batch), every)
+        batch = self.batch.rows(rows)
+        return kl_divergence(self.reference[rows], self.logits(kept, batch), batch)
+
+    def fit(self, kept: Masks) -> Fit:
+        """The three numbers that the stopping rules look at."""
+        logits = self.logits(kept, self.batch)
+        kl = kl_divergence(self.reference, logits, self.batch).mean().item()
+        return Fit(kl, answer_loss(logits, self.batch).mean().item(), self.model_loss)
+
+
+def split_pairs(task: Task, config: PruneConfig, generator: torch.Generator) -> tuple[TaskBatch, TaskBatch]:
+    """Distinct training pairs and selection pairs, both from the task's training split."""
+    batch = task.batch(config.n_train + config.n_selection, split="train", generator=generator)
+    return batch.rows(slice(0, config.n_train)), batch.rows(slice(config.n_train, None))
+
+
+def smallest_prefix(n: int, good: Callable[[int], bool]) -> int:
+    """The smallest prefix length that is good, by bisection, if goodness grows with length.
+
+    Raises:
+        CircuitError: if not even all `n` are good.
+    """
+    if not good(n):
+        raise CircuitError(
+            "no circuit meets the stopping rule, not even all nodes: with all of them the circuit is the model, so "
+            "max_kl or max_loss_gap (or the task-loss target) asks for more than the model itself does."
+        )
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return high
