@@ -7,8 +7,8 @@
     validation.safetensors  held-out blocks of tokens, fixed
     means.safetensors       each node's mean over text
 
-Gaps: with places p_0 < p_1 < ... of the non-zero entries in the flattened tensor, gap_i = p_i - p_(i-1) and p_(-1) = -1.
-A gap nearly always fits 16 bits, so a weight that is not zero costs six bytes in float32.
+Gaps: with p_0 < p_1 < ... the places of the non-zero entries in the flattened tensor, gap_i = p_i - p_(i-1), where
+p_(-1) = -1. A gap nearly always fits 16 bits, so a weight that is not zero costs six bytes in float32.
 
 A folder appears whole or not at all, is never overwritten, and is read strictly: a tensor that is missing, surplus, of
 another shape, not finite or not the one that was saved is an error, and no model comes out.
@@ -92,7 +92,9 @@ class ModelFiles:
             "library_version": _library_version(),
             "model": json.loads(self.cfg.to_json()),
             "tokenizer": _tokenizer_entry(self.tokenizer, self.cfg, bundled),
-            "bigram_table": _bundled_table_entry(tensors, self.cfg) if bundled and _has_frozen_table(self.cfg) else None,
+            "bigram_table": _bundled_table_entry(tensors, self.cfg)
+            if bundled and _has_frozen_table(self.cfg)
+            else None,
             "weights_sha256": _sha256(as_loaded),
         }
         if config["bigram_table"] is not None:
@@ -227,7 +229,7 @@ def load_validation(path: Path) -> Int[Tensor, "block pos"]:
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """A model card as Markdown: nested mappings become sections, the rest lines."""
+    """A model card as Markdown: mappings become sections, mappings of mappings tables, the rest lines."""
     return f"# {card.get('name', 'A model')}\n" + _section(card, 2)
 
 
@@ -235,13 +237,21 @@ def _section(card: Mapping[str, Any], depth: int) -> str:
     lines = [f"- {_words(key)}: {_shown(value)}" for key, value in card.items() if not isinstance(value, Mapping)]
     text = "\n" + "\n".join(lines) + "\n" if lines else ""
     for key, value in card.items():
-        if isinstance(value, Mapping):
-            text += f"\n{'#' * depth} {_words(key).capitalize()}\n{_section(value, min(depth + 1, 6))}"
+        if isinstance(value, Mapping) and value:
+            body = _rows(value) if all(isinstance(v, Mapping) for v in value.values()) else _section(value, depth + 1)
+            text += f"\n{'#' * min(depth, 6)} {_words(key)}\n{body}"
     return text
 
 
+def _rows(card: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in card.values() for column in row))
+    lines = [["", *map(_words, columns)], ["---"] * (1 + len(columns))]
+    lines += [[key, *(_shown(row.get(column, "")) for column in columns)] for key, row in card.items()]
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
 def _words(key: str) -> str:
-    return key.replace("_", " ")
+    return key.replace("_", " ") if key.islower() else key
 
 
 def _shown(value: Any) -> str:
@@ -252,7 +262,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
-# -- tensors as they lie in a file --------------------------------------------------------------------------------------
+# -- tensors as they lie in a file ------------------------------------------------------------------------------------
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> bytes:
@@ -301,7 +311,7 @@ def _tensor(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], pat
     if gap is not None and value is not None and gap.shape == value.shape:
         flat = torch.zeros(shape, dtype=value.dtype).flatten()
         place = gap.long().cumsum(0) - 1
-        if len(place) == 0 or (0 <= int(place.min()) and int(place.max()) < len(flat)):
+        if len(place) == 0 or (int(place.min()) >= 0 and int(place.max()) < len(flat)):
             flat[place] = value
             return flat.view(shape)
     raise CheckpointError(f"{path}: {name} is damaged; fetch or save the model again.")
@@ -333,7 +343,7 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# -- tokenizer and bigram table -----------------------------------------------------------------------------------------
+# -- tokenizer and bigram table ---------------------------------------------------------------------------------------
 
 
 def _has_frozen_table(cfg: ModelConfig) -> bool:
@@ -384,7 +394,7 @@ def _bundled_table_entry(tensors: Mapping[str, Tensor], cfg: ModelConfig) -> dic
     table = load_bigram_table(bundled_tokenizer_folder(cfg.tokenizer_name) / BIGRAM_TABLE)
     if not torch.equal(table.to(tensors["bigram_table"].dtype), tensors["bigram_table"]):
         raise CheckpointError(
-            f"the model's bigram table is not the one that is bundled with {cfg.tokenizer_name!r}; save without bundled."
+            f"the model's bigram table is not the one that ships with {cfg.tokenizer_name!r}; save without bundled."
         )
     return {"tokenizer": cfg.tokenizer_name, "sha256": _sha256({"bigram_table": table})}
 
@@ -397,7 +407,7 @@ def _bundled_table(entry: dict[str, str]) -> Tensor:
     return table
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase | None) -> None:

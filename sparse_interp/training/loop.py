@@ -3,37 +3,48 @@
     for record in train(run, text, out):  ...
 
 One step: loss and gradient, gradient divided by its size, AdamW, projection onto the largest weights (method: Gao et
-al. 2025, arXiv 2511.13653). What a step depends on (weights, moments, place in the text, step number) is in the checkpoint;
-the records already yielded are in `metrics.jsonl` beside it.
+al. 2025, arXiv 2511.13653). What a step depends on (weights, moments, place in the text, step number) is in the
+checkpoint; the records already yielded are in `metrics.jsonl` beside it. A file takes its name only when it is whole,
+so a run may be killed at any moment; whoever stops asking for records leaves a checkpoint of the last step.
 """
 
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_interp.errors import CheckpointError, ConfigError, SparseInterpError
+from sparse_interp.errors import CheckpointError, SparseInterpError
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tokenizer import BlockSampler
+from sparse_interp.training.card import model_card
 from sparse_interp.training.optimizer import lr_schedule, make_optimizer, normalise_gradients_
 from sparse_interp.training.recipes import RunConfig
-from sparse_interp.training.sparsity import density_at, lr_multiplier, project_, sparse_matrices
+from sparse_interp.training.sparsity import (
+    PAPER_FLOOR,
+    density_at,
+    low_floor_matrices,
+    lr_multiplier,
+    project_,
+    sparse_matrices,
+)
+from sparse_interp.training.text import TrainingText
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 RUN = "run.json"
+MODEL = "model"
 
 
 class NonFiniteLossError(SparseInterpError, ArithmeticError):
@@ -68,23 +79,6 @@ class StepRecord(NamedTuple):
     """Mean next-token cross-entropy on held-out blocks, nats; None between measurements."""
 
 
-@dataclass(frozen=True)
-class TrainingText:
-    """What a run reads."""
-
-    stream: Integer[Tensor, " token"]
-    """Token ids of the training documents, end to end."""
-
-    validation: Int[Tensor, "block pos"]
-    """Held-out blocks."""
-
-    bos: int
-    """Token that every block begins with."""
-
-    bigram_table: Float[Tensor, "d_vocab d_vocab"] | None = None
-    """Initial bigram logits."""
-
-
 class Trainer:
     """A model, its optimizer and its place in the text: everything that a step changes."""
 
@@ -100,28 +94,30 @@ class Trainer:
         order = torch.Generator().manual_seed(run.seed)
         self.sampler = BlockSampler(text.stream, run.model.n_ctx, run.batch_size, order, text.bos)
         self.step_done = 0
+        self.seconds = 0.0
+        """Time spent in steps and measurements so far, interruptions not counted."""
+        self._text_sha256 = text.sha256()
         self._support: list[Tensor] | None = None
 
     def step(self) -> StepRecord:
         """One optimizer step on the next batch.
 
         Raises:
-            NonFiniteLossError: if the loss is not finite; weights are left as they were.
+            NonFiniteLossError: if the loss or its gradient is not finite; weights are left as they were.
         """
+        began = time.monotonic()
         run, model = self.run, self.model
         tokens = next(self.sampler).to(model.embed.W_E.device)
         with torch.autocast(tokens.device.type, torch.bfloat16) if run.precision == "bf16" else nullcontext():
             loss = model(tokens, return_type="loss")
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"loss is {value} at step {self.step_done + 1} of {run.n_steps}, after "
-                f"{self.step_done * tokens.numel()} tokens. The last checkpoint is intact: lower lr (now {run.lr}) or "
-                "raise eps and train again, or resume from it."
-            )
+            raise self._non_finite(f"the loss is {value}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_rms = normalise_gradients_(model)
+        if not math.isfinite(grad_rms):
+            raise self._non_finite(f"the loss is {value:.4g} and its gradient {grad_rms}")
         density = density_at(
             self.step_done,
             n_steps=run.n_steps,
@@ -138,7 +134,7 @@ class Trainer:
         project_(model, density)
         self.step_done += 1
         measured = self.step_done % run.validate_every == 0 or self.step_done == run.n_steps
-        return StepRecord(
+        record = StepRecord(
             self.step_done,
             value,
             lr,
@@ -148,10 +144,18 @@ class Trainer:
             self._turnover() if measured else None,
             self.validation_loss() if measured else None,
         )
+        self.seconds += time.monotonic() - began
+        return record
 
     def validation_loss(self) -> float:
         """Loss on the held-out blocks as analysis sees the model: eval mode, float32."""
         return validation_loss(self.model, self.text.validation)
+
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what} at step {self.step_done + 1} of {self.run.n_steps}. The last checkpoint, if any, is sound: "
+            f"train again with a lower lr (now {self.run.lr}) or a larger eps (now {self.run.eps}), or resume from it."
+        )
 
     def _turnover(self) -> float | None:
         support = [(p != 0) for m in sparse_matrices(self.model) for p in m.parts]
@@ -164,8 +168,15 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint under a temporary name, then rename it."""
+        """Replace the checkpoint in `folder`, once the new one is whole.
+
+        Raises:
+            NonFiniteLossError: if the weights, or their loss on held-out text, are not finite; the old one stays.
+        """
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items() if n != "bigram_table" or self._learns}
+        sound = all(bool(torch.isfinite(t).all()) for t in tensors.values())
+        if not sound or not math.isfinite(validation_loss(self.model, self.text.validation[:8])):
+            raise self._non_finite("the weights have left the range in which the loss is a number")
         for name, p in self._trained():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -173,46 +184,64 @@ class Trainer:
         for i, support in enumerate(self._support or []):
             tensors[f"support.{i}"] = support
         tensors["rng"] = torch.get_rng_state()
-        half_written = folder / f".{CHECKPOINT}.part"
-        metadata = {"step": str(self.step_done), "run": self.run.to_json()}
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, half_written, metadata)
-        half_written.replace(folder / CHECKPOINT)
+        metadata = {
+            "step": str(self.step_done),
+            "run": self.run.to_json(),
+            "text": json.dumps(self._text_sha256),
+            "seconds": repr(self.seconds),
+            "threads": str(torch.get_num_threads()),
+        }
+        _replace(
+            folder / CHECKPOINT, safetensors_bytes({n: t.detach().contiguous() for n, t in tensors.items()}, metadata)
+        )
 
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`.
 
         Raises:
-            CheckpointError: if there is none, it is damaged, or it belongs to another run.
+            CheckpointError: if there is none, it is damaged, or it belongs to another run or text.
         """
         path = folder / CHECKPOINT
-        if not path.exists():
-            raise CheckpointError(f"{folder} has no {CHECKPOINT} to resume from; train without resume first.")
+        tensors, metadata = _read_checkpoint(path)
+        self._refuse_another(path, metadata)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and train again.") from error
-        if json.loads(metadata["run"]) != json.loads(self.run.to_json()):
-            raise CheckpointError(
-                f"{path} belongs to another run configuration; resume with the recipe that wrote it, kept in "
-                f"{folder / RUN}, or choose another folder."
+            saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+            if not self._learns and self.model.cfg.bigram:
+                saved["bigram_table"] = self.model.bigram_table
+            self.model.load_state_dict(saved)
+            self.sampler.load_state_dict(
+                {k.removeprefix("sampler."): v for k, v in tensors.items() if k.startswith("sampler.")}
             )
-        self.step_done = int(metadata["step"])
-        self.sampler.load_state_dict(
-            {k.removeprefix("sampler."): v for k, v in tensors.items() if k.startswith("sampler.")}
-        )
-        saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        if not self._learns and self.model.cfg.bigram:
-            saved["bigram_table"] = self.model.bigram_table
-        self.model.load_state_dict(saved)
-        for name, p in self._trained():
-            keys = [n for n in tensors if n.startswith("optimizer.") and n.split(".", 2)[2] == name]
-            if keys:
-                self.optimizer.state[p] = {n.split(".")[1]: tensors[n] for n in keys}
-        n_support = sum(n.startswith("support.") for n in tensors)
-        self._support = [tensors[f"support.{i}"] for i in range(n_support)] or None
-        torch.set_rng_state(tensors["rng"])
+            for name, p in self._trained():
+                keys = [n for n in tensors if n.startswith("optimizer.") and n.split(".", 2)[2] == name]
+                if keys:
+                    self.optimizer.state[p] = {n.split(".")[1]: tensors[n].to(p.device) for n in keys}
+            n_support = sum(n.startswith("support.") for n in tensors)
+            device = self.model.embed.W_E.device
+            self._support = [tensors[f"support.{i}"].to(device) for i in range(n_support)] or None
+            torch.set_rng_state(tensors["rng"])
+            self.step_done, self.seconds = int(metadata["step"]), float(metadata.get("seconds", 0.0))
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is incomplete ({error}); delete it and train again.") from error
+        if int(metadata.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+            warnings.warn(
+                f"the run used {metadata['threads']} threads and continues on {torch.get_num_threads()}: sums are "
+                "taken in another order, so the last bits of the weights will not be those of an uninterrupted run.",
+                stacklevel=2,
+            )
+
+    def _refuse_another(self, path: Path, metadata: dict[str, str]) -> None:
+        """Raise CheckpointError unless the checkpoint belongs to this run and text."""
+        differences = RunConfig.from_json(metadata["run"]).differences(self.run)
+        if differences:
+            raise CheckpointError(_another_run(path, differences))
+        text = json.loads(metadata.get("text", "null")) or self._text_sha256
+        changed = [part for part, sha256 in self._text_sha256.items() if text.get(part) != sha256]
+        if changed:
+            raise CheckpointError(
+                f"{path} was trained on another text: the {' and the '.join(changed)} changed since. Restore the text "
+                "that the run began with, or train in another folder."
+            )
 
     @property
     def _learns(self) -> bool:
@@ -227,9 +256,7 @@ def validation_loss(model: HookedSparseTransformer, blocks: Int[Tensor, "block p
     """Mean next-token cross-entropy on `blocks`, nats, in eval mode and the model's own precision."""
     was_training = model.training
     model.eval()
-    losses = [
-        model(b.to(model.embed.W_E.device), return_type="loss").item() * len(b) for b in blocks.split(batch_size)
-    ]
+    losses = [model(b.to(model.embed.W_E.device), return_type="loss").item() * len(b) for b in blocks.split(batch_size)]
     model.train(was_training)
     return sum(losses) / len(blocks)
 
@@ -242,63 +269,189 @@ def train(
     resume: bool = False,
     progress: bool = True,
     tokenizer: Any = None,
+    command: str | None = None,
 ) -> Iterator[StepRecord]:
-    """Train a model, yielding a record after each step; the finished model is saved in `out / "model"`.
+    """Train a model, yielding a record after each step; the finished model is in `out / "model"` before the last one.
 
     `out` receives run.json, metrics.jsonl (one line per step) and checkpoint.safetensors, replaced every
-    `run.checkpoint_every` steps. Interrupt it at any moment; with `resume=True` the weights that come out are, on the
-    CPU, those of the run that was never interrupted, bit for bit.
+    `run.checkpoint_every` steps and when the caller stops early. Interrupt it at any moment; with `resume=True` the
+    weights that come out are, on the CPU and with as many threads, those of the run that was never interrupted, bit
+    for bit. `tokenizer` and `command`, the line that a reader would type, go into the model's folder.
 
     Raises:
         CheckpointError: before any work, if `out` cannot be written, holds another run, or (with `resume`) holds none.
         NonFiniteLossError: if the loss stops being a number; the last good checkpoint stays.
+        SparseInterpError: if the disk is full.
     """
+    claim_folder(out, run, resume=resume)
     trainer = Trainer(run, text, tokenizer)
-    _prepare(out, run, trainer, resume)
+    if resume and (out / CHECKPOINT).exists():
+        trainer.load(out)
+    _rewind_metrics(out, trainer.step_done)
+    _say_low_floors(trainer)
+    if trainer.step_done == run.n_steps:
+        _finish(trainer, out, command)
     bar = tqdm(
         total=run.n_steps, initial=trainer.step_done, disable=not progress, unit="step", desc=run.name, mininterval=1.0
     )
     began, began_at = time.monotonic(), trainer.step_done
-    with bar, (out / METRICS).open("a", encoding="utf-8") as metrics:
+    with bar, _writing(out), (out / METRICS).open("a", encoding="utf-8") as metrics:
         while trainer.step_done < run.n_steps:
             record = trainer.step()
             metrics.write(json.dumps(record._asdict()) + "\n")
-            seconds = time.monotonic() - began
-            per_step = run.batch_size * run.model.n_ctx
-            speed = (trainer.step_done - began_at) * per_step / max(seconds, 1e-9)
+            speed = (
+                (trainer.step_done - began_at) * run.batch_size * run.model.n_ctx / (time.monotonic() - began + 1e-9)
+            )
             bar.set_postfix_str(f"loss {record.loss:.3f}, density {record.density:.3f}, {speed:,.0f} tokens/s", False)
             bar.update()
-            if record.step % run.checkpoint_every == 0 or record.step == run.n_steps:
-                metrics.flush()
-                os.fsync(metrics.fileno())
-                trainer.save(out)
-            yield record
+            due = record.step % run.checkpoint_every == 0 or record.step == run.n_steps
+            if due:
+                _checkpoint(trainer, metrics, out)
+            if record.step == run.n_steps:
+                _finish(trainer, out, command)
+            try:
+                yield record
+            except GeneratorExit:  # the caller stops here, between two steps
+                if not due:
+                    _checkpoint(trainer, metrics, out)
+                raise
 
 
-def _prepare(out: Path, run: RunConfig, trainer: Trainer, resume: bool) -> None:
-    """Make `out` ready: a fresh folder, or the one of the run being resumed with its metrics cut at the checkpoint."""
+def claim_folder(out: Path, run: RunConfig, *, resume: bool) -> None:
+    """Make `out` the folder of `run`, before any work is done for it; doing so again changes nothing.
+
+    Raises:
+        CheckpointError: if `out` cannot be written, holds a run, or (with `resume`) holds none or another.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
+        probe = out / ".writable.partial"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error.strerror}; choose another folder with --out.") from error
+        raise CheckpointError(f"cannot write to {out}: {error.strerror}. Choose another folder.") from error
     if resume:
-        trainer.load(out)
-        lines = (out / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines[: trainer.step_done] if line.endswith("\n")]
-        if len(kept) < trainer.step_done:
-            raise CheckpointError(
-                f"{out / METRICS} has {len(kept)} records, fewer than the {trainer.step_done} steps of the checkpoint; "
-                "the folder was changed by hand. Train again in another folder."
-            )
-        (out / f".{METRICS}.part").write_text("".join(kept), encoding="utf-8")
-        (out / f".{METRICS}.part").replace(out / METRICS)
+        differences = stored_run(out).differences(run)
+        if differences:
+            raise CheckpointError(_another_run(out / RUN, differences))
         return
-    if (out / CHECKPOINT).exists() or (out / METRICS).exists():
-        raise CheckpointError(f"{out} already holds a run; pass resume=True (--resume) to continue it, or choose another.")
-    if run.n_steps < 1:
-        raise ConfigError(f"n_tokens={run.n_tokens} is less than one batch.")
-    (out / f".{RUN}.part").write_text(run.to_json(), encoding="utf-8")
-    (out / f".{RUN}.part").replace(out / RUN)
+    for name in (CHECKPOINT, METRICS, MODEL):
+        if (out / name).exists():
+            raise CheckpointError(
+                f"{out} already holds a run ({name} is there). Continue it with resume=True (--resume), or choose "
+                "another folder."
+            )
+    _replace(out / RUN, run.to_json().encode())
+
+
+def stored_run(out: Path) -> RunConfig:
+    """The run that `out` is the folder of.
+
+    Raises:
+        CheckpointError: if it is the folder of none.
+    """
+    path = out / RUN
+    if not path.is_file():
+        raise CheckpointError(f"{out} holds no run to resume: {RUN} is missing. Train without resume first.")
+    return RunConfig.from_json(path.read_text(encoding="utf-8"))
+
+
+def _another_run(path: Path, differences: list[str]) -> str:
+    return (
+        f"{path} belongs to another run: {'; '.join(differences[:6])}. Resume with the settings that the run began "
+        "with, or choose another folder."
+    )
+
+
+def _rewind_metrics(out: Path, n_steps: int) -> None:
+    """Cut the records at the checkpoint that training continues from."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines[:n_steps] if line.endswith("\n")]
+    if len(kept) < n_steps:
+        raise CheckpointError(
+            f"{path} has {len(kept)} records, fewer than the {n_steps} steps of the checkpoint: the folder was changed "
+            "by hand. Train again in another folder."
+        )
+    _replace(path, "".join(kept).encode())
+
+
+def _say_low_floors(trainer: Trainer) -> None:
+    """Warn once where the density leaves too little for the paper's floor."""
+    density = trainer.run.model.density
+    low = low_floor_matrices(trainer.model, density) if density < 1 else {}
+    if low:
+        kinds = {name.split(".", 1)[1] if name[0].isdigit() else name: floor for name, floor in low.items()}
+        listed = ", ".join(f"{floor} in {name}" for name, floor in kinds.items())
+        warnings.warn(
+            f"density {density:g} is too low for every row and column to keep {PAPER_FLOOR} weights; "
+            f"they keep {listed}.",
+            stacklevel=3,
+        )
+
+
+def _checkpoint(trainer: Trainer, metrics: TextIO, out: Path) -> None:
+    """The records first: a checkpoint never knows of a step that they do not."""
+    metrics.flush()
+    os.fsync(metrics.fileno())
+    trainer.save(out)
+
+
+def _finish(trainer: Trainer, out: Path, command: str | None) -> None:
+    """Save the finished model, unless the run was interrupted after doing so."""
+    if not (out / MODEL).exists():
+        card = model_card(
+            trainer.model,
+            trainer.run,
+            trainer.text,
+            seconds=trainer.seconds,
+            loss=trainer.validation_loss(),
+            command=command,
+        )
+        trainer.model.save(out / MODEL, card=card, validation=trainer.text.validation)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A full disk is an error that says what to do; what was written before it stays whole."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SparseInterpError):
+            raise
+        raise SparseInterpError(
+            f"cannot write to {out}: {error.strerror}. The last checkpoint is intact; make room and resume."
+        ) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put `content` at `path` under its temporary name first: on the disk whole, or not there."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    with _writing(path.parent):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name} to resume from; train without resume first.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and train again.") from error
+    if not {"run", "step"} <= metadata.keys():
+        raise CheckpointError(f"{path} is no checkpoint of a training run; delete it and train again.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path} is damaged ({name} is not finite); delete it and train again.")
+    return tensors, metadata

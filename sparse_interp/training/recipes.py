@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -68,12 +68,17 @@ class RunConfig:
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the run."""
-        return max(1, self.n_tokens // (self.batch_size * self.model.n_ctx))
+        return self.n_tokens // (self.batch_size * self.model.n_ctx)
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "batch_size", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}, and a run needs at least 1.")
+        if self.n_steps < 1:
+            raise ConfigError(
+                f"n_tokens={self.n_tokens} is less than one step, which reads batch_size * n_ctx = {self.batch_size} * "
+                f"{self.model.n_ctx} = {self.batch_size * self.model.n_ctx} tokens; give at least that many."
+            )
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision={self.precision!r}; choose 'bf16' or 'fp32'.")
         if self.density_schedule not in ("exponential", "linear"):
@@ -83,8 +88,14 @@ class RunConfig:
                 f"density falls from {self.density_begin_frac} to {self.density_end_frac} of training; the first must "
                 "be at least 0 and below the second, and the second at most 1."
             )
-        if self.lr <= 0:
-            raise ConfigError(f"lr={self.lr}, and a learning rate must be above 0.")
+        for name in ("lr", "eps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}, and it must be above 0.")
+        if not 0 <= self.warmup_frac <= 1 or self.weight_decay < 0 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(
+                f"warmup_frac={self.warmup_frac}, weight_decay={self.weight_decay}, betas={self.betas}: a share of "
+                "training in [0, 1], a decay of at least 0 and two rates in [0, 1) are needed."
+            )
 
     def to_json(self) -> str:
         """The run as JSON."""
@@ -95,16 +106,29 @@ class RunConfig:
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
         """Inverse of `to_json`; unknown keys raise ConfigError."""
-        data: dict[str, Any] = json.loads(text)
+        try:
+            data: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"a run config is not JSON: {error}.") from error
         known = {f.name for f in fields(cls)}
         for key in data:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"unknown field {key!r} in a run config.{hint} Known: {', '.join(sorted(known))}.")
-        data["model"] = ModelConfig.from_dict(data["model"])
-        data["betas"] = tuple(data.get("betas", (0.9, 0.95)))
-        return cls(**data)
+        try:
+            data["model"] = ModelConfig.from_dict(data["model"])
+            data["betas"] = tuple(data.get("betas", (0.9, 0.95)))
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"a run config is incomplete or has a value of the wrong kind: {error}.") from error
+
+    def differences(self, other: "RunConfig") -> list[str]:
+        """`field: mine, not theirs` for each field in which the two runs differ, those of the model included."""
+        mine, theirs = json.loads(self.to_json()), json.loads(other.to_json())
+        mine |= {f"model.{k}": v for k, v in mine.pop("model").items()}
+        theirs |= {f"model.{k}": v for k, v in theirs.pop("model").items()}
+        return [f"{k}: {v}, not {theirs.get(k)}" for k, v in mine.items() if v != theirs.get(k)]
 
 
 def stdlib_small() -> RunConfig:
@@ -125,9 +149,10 @@ def stdlib_small() -> RunConfig:
 
 
 def stdlib_small_control() -> RunConfig:
-    """`stdlib_small` with every weight allowed: nothing else differs."""
+    """`stdlib_small` with every weight allowed: nothing but the density, and the names, differs."""
     run = stdlib_small()
-    return replace(run, name="stdlib-small-control", model=replace_model(run.model, density=1.0))
+    model = replace_model(run.model, model_name="stdlib-small-control", density=1.0)
+    return replace(run, name="stdlib-small-control", model=model)
 
 
 def stdlib_small_dense() -> RunConfig:
@@ -166,6 +191,3 @@ def recipe(name: str) -> RunConfig:
         near = get_close_matches(name, RECIPES, n=3, cutoff=0.3) or list(RECIPES)
         raise ConfigError(f"no recipe is called {name!r}; the nearest are {', '.join(near)}.")
     return RECIPES[name]()
-
-
-__all__ = ["RECIPES", "RunConfig", "asdict", "recipe", "replace_model"]

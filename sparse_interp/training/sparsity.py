@@ -3,8 +3,8 @@
     W  <-  W * 1[ |W_ij| ranks among the  round(density * size)  largest ]
 
 Gao et al. 2025 (arXiv 2511.13653): the same density for every matrix, at least j = 4 non-zero weights for every
-neuron and channel. The paper protects rows and columns on top of the budget; here the floor is taken out of it, so that the
-realised density is the target exactly:  floor = min(4, floor(k / (rows + columns))).
+neuron and channel. The paper protects rows and columns on top of the budget; here the floor is taken out of it, so
+that the realised density is the target exactly:  floor = min(4, floor(k / (rows + columns))).
 Gradients stay dense, and moments of the optimizer are not masked, so a weight can come back.
 """
 
@@ -32,15 +32,19 @@ def density_at(
     begin_frac: float = 0.01,
     end_frac: float = 0.5,
 ) -> float:
-    """Share of weights allowed to be non-zero after `step`: 1 until `begin_frac` of training, the target from `end_frac`.
+    """Share of weights allowed to be non-zero after `step`: 1 until `begin_frac` of training, final from `end_frac`.
 
     Between them, `linear` falls by equal differences and `exponential` by equal ratios, final_density ** progress.
 
     Raises:
-        ConfigError: for a schedule of another name.
+        ConfigError: for a schedule of another name, a density outside (0, 1], or an anneal that ends before it begins.
     """
     if schedule not in ("linear", "exponential"):
         raise ConfigError(f"density schedule {schedule!r}; choose 'exponential' or 'linear'.")
+    if not 0 < final_density <= 1:
+        raise ConfigError(f"density={final_density} is not a share in (0, 1]; 0.05 keeps one weight in twenty.")
+    if not begin_frac < end_frac:
+        raise ConfigError(f"the density falls from {begin_frac} to {end_frac} of training; give a later end.")
     progress = (step / n_steps - begin_frac) / (end_frac - begin_frac)
     progress = min(max(progress, 0.0), 1.0)
     if schedule == "linear":
