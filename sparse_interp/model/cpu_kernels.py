@@ -5,12 +5,14 @@ magnitude of a row is the largest integer t with  #{ j : bits_j >= t } >= k,  fo
 integers; each probe is one pass of compares over a row that is already in cache, which compiles to vector
 instructions. Rows of one tensor look alike, so the search starts at the answer of the row before.
 
-Imported by `kernels.py` alone, and only where numba is installed.
+Imported by `kernels.py` alone, and only where numba is installed. `no_type_check` keeps compiled functions as they are
+when annotations are checked: numba cannot compile a checking wrapper.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ _ROWS_WORTH_A_THREAD = 1 << 14
 
 
 @njit(nogil=True, cache=True, inline="always")
+@no_type_check
 def _count_at_least(keys: np.ndarray, threshold: int) -> int:
     count = np.int32(0)
     for j in range(keys.shape[0]):
@@ -36,6 +39,7 @@ def _count_at_least(keys: np.ndarray, threshold: int) -> int:
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def kth_largest(keys: np.ndarray, k: int, guess: int) -> tuple[int, int]:
     """The largest t with at least `k` keys >= t, and how many keys are >= t. Keys are >= 0, 1 <= k <= len(keys).
 
@@ -91,6 +95,7 @@ def kth_largest(keys: np.ndarray, k: int, guess: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _abs_topk_rows(bits: np.ndarray, out: np.ndarray, k: int, magnitude: int) -> None:
     n_rows, width = bits.shape
     keys = np.empty(width, bits.dtype)
@@ -115,6 +120,7 @@ def _abs_topk_rows(bits: np.ndarray, out: np.ndarray, k: int, magnitude: int) ->
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _zero_where_zero_rows(grad: np.ndarray, kept: np.ndarray, out: np.ndarray, magnitude: int) -> None:
     for i in range(grad.shape[0]):
         for j in range(grad.shape[1]):
@@ -169,6 +175,7 @@ def abs_topk_backward(grad: Tensor, kept: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _protect(keys: np.ndarray, chosen: np.ndarray, floor: int) -> None:
     """Mark in `chosen` the `floor` largest keys of every row and of every column."""
     n_rows, n_columns = keys.shape
@@ -200,6 +207,7 @@ def _protect(keys: np.ndarray, chosen: np.ndarray, floor: int) -> None:
 
 
 @njit(nogil=True, cache=True)
+@no_type_check
 def _choose_largest(bits: np.ndarray, chosen: np.ndarray, k: int, floor: int, magnitude: int) -> None:
     n_rows, n_columns = bits.shape
     keys = np.empty(bits.shape, bits.dtype)
