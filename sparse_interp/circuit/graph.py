@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -87,7 +87,7 @@ class Circuit:
         tau: NodeValues | None = None,
         importance: dict[Node, float] | None = None,
         **origin: Any,
-    ) -> Self:
+    ) -> "Circuit":
         """The circuit of `nodes` in `model`, edges read off its weights.
 
         Raises:
