@@ -361,6 +361,12 @@ def test_split_and_template_columns_are_used(shipped_tokenizer):
     assert len({p.template for p in train}) == 5
 
 
+def test_own_pairs_come_in_an_order_that_the_generator_draws(shipped_tokenizer):
+    task = Task.from_pairs([{**row, "split": "train"} for row in PAIRS], shipped_tokenizer)
+    orders = {tuple(pair.clean for pair in task.pairs(4, generator=seeded(seed))) for seed in range(5)}
+    assert len(orders) == 5
+
+
 def test_without_a_template_column_every_pair_is_its_own_template(shipped_tokenizer):
     batch = Task.from_pairs(PAIRS, shipped_tokenizer).batch(8, generator=seeded())
     assert len(set(batch.template.tolist())) == 8
@@ -465,6 +471,15 @@ def test_more_pairs_than_a_template_file_can_make_are_refused(tmp_path, shipped_
     assert len(task.pairs(2, "train", generator=seeded())) == 2
     with pytest.raises(TaskError, match="gave 2 pairs of split 'train' and not the 3 asked for"):
         task.pairs(3, "train", generator=seeded())
+
+
+def test_two_slots_of_a_prompt_never_hold_the_same_word(tmp_path, shipped_tokenizer):
+    form = {"splits": ["train"], "text": "$key1 = $quote$key2", "answers": ["$quote"], "rest": "\n"}
+    task = Task("small", shipped_tokenizer, small_file(tmp_path, templates=[form]))
+    prompts = {pair.clean.replace("'", '"') for pair in task.pairs(2, generator=seeded())}
+    assert prompts == {'name = "path', 'path = "name'}
+    with pytest.raises(TaskError, match="gave 2 pairs"):
+        task.pairs(3, generator=seeded())
 
 
 def test_templates_that_no_pair_of_equal_length_comes_from_are_refused_when_the_task_is_made(
