@@ -21,3 +21,68 @@ def close_figures():
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+# -- the smallest models in which every mechanism is at work -----------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "concatenated positions": {"positions": "concat", "d_pos_emb": 3},
+    "no positions": {"positions": "none"},
+    "layer norm": {"norm": "layer"},
+    "layer norm without bias": {"norm": "layer", "norm_bias": False},
+    "no norm": {"norm": "none", "initializer_range": 0.1},
+    "tied": {"tie_unembed": True},
+    "no sink": {"sink": False},
+    "no bigram": {"bigram": False},
+    "learnable bigram": {"bigram_learnable": True},
+    "relu neurons": {"act_fn": "relu"},
+    "bidirectional": {"attention_dir": "bidirectional"},
+    "no AbsTopK": {"afrac": None},
+    "AbsTopK at some sites": {"afrac_sites": ("q", "neuron", "attn_write")},
+    "everything cut": {"afrac": 0.0},
+    "residual relu": {"residual_act": "relu"},
+    "residual cut": {"afrac_sites": ("resid_mid", "resid_post", "v")},
+}
+"""What differs from the plain model: 2 layers, 12 channels, 3 heads of 5, 20 neurons, 50 tokens, 16 positions."""
+
+
+@pytest.fixture
+def make_model():
+    """`make_model(**changes)`: a model in eval mode with no bias, sink, gain or bigram entry at its initial value."""
+
+    def make(tokenizer=None, **changes):
+        from sparse_interp.model.config import ModelConfig  # after the hook that checks annotations
+        from sparse_interp.model.transformer import HookedSparseTransformer
+
+        shape = {"d_model": 12, "n_heads": 3, "d_head": 5, "n_layers": 2, "d_mlp": 20, "d_vocab": 50, "n_ctx": 16}
+        config = shape | {"afrac": 0.4, "seed": 0, "initializer_range": 0.3} | changes
+        model = HookedSparseTransformer(ModelConfig(**config), tokenizer)
+        noise = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in [*model.named_parameters(), *model.named_buffers()]:
+                if name.rpartition(".")[2] not in ("W_E", "W_pos", "W_U") and (p.ndim == 1 or ".b_" in name):
+                    p += 0.3 * torch.randn(p.shape, generator=noise).to(p)
+                elif name == "bigram_table":
+                    p += torch.randn(p.shape, generator=noise).to(p)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(params=VARIANTS, ids=str)
+def any_model(request, make_model):
+    """Every kind of model in turn."""
+    return make_model(**VARIANTS[request.param])
+
+
+@pytest.fixture
+def plain_model(make_model):
+    """The plain model: AbsTopK at the eight sites, sink, biases, bigram table, RMSNorm, added positions."""
+    return make_model()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three sequences of seven tokens of the small vocabulary."""
+    return torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(2))

@@ -209,6 +209,8 @@ class ModelConfig(TransformerLensConfig):
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"unknown field {key!r} in a model config.{hint} Known: {', '.join(sorted(known))}.")
         data = dict(config_dict)
+        if isinstance(data.get("afrac_sites"), list):  # JSON has no tuples
+            data["afrac_sites"] = tuple(data["afrac_sites"])
         if isinstance(data.get("dtype"), str):
             data["dtype"] = getattr(torch, data["dtype"].removeprefix("torch."), None)
             if not isinstance(data["dtype"], torch.dtype):
