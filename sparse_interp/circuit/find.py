@@ -4,6 +4,7 @@
     2  the smallest prefix of the ranking that meets the stopping rule      on selection pairs
     3  knock out each node that is left; drop the least needed as long as the rule holds; repeat
 
+A node that is constant on the prompts (the q of a shared pair, say) changes nothing when it is held, and goes in the end.
 Step 3 is what gates cannot do: a gate is trained among all the others, half of which are gone in the end.
 """
 
@@ -26,9 +27,13 @@ from sparse_interp.interventions.pruning import (
 from sparse_interp.model.sites import Node, NodeValues, masks
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task
+from sparse_interp.tokenizer import tokenizer_hash
 
-MAX_PASSES = 4
-"""Rounds of knocking out and dropping; the last one only measures."""
+MAX_PASSES = 3
+"""Rounds of knocking out and dropping at most."""
+
+NO_EFFECT_NATS = 1e-6
+"""A knock-out that changes the divergence by less changes nothing: the node is constant, its baseline is its value."""
 
 KNOCK_OUT_EVERY = 5
 """One in so many selection prompts measures a knock-out; odd, so that both sides of pairs are among them."""
@@ -77,6 +82,7 @@ def find_circuit(
         importance=importance,
         task_name=task.name,
         task_sha256=task.templates_sha256,
+        tokenizer_sha256=tokenizer_hash(task.tokenizer),
         prune=config,
         seed=seed,
         scores=_scores(model, nodes, search.order, selection, config),
@@ -116,8 +122,6 @@ def _without_idle(
     units = _units(nodes, config)
     for n_pass in range(MAX_PASSES):
         cost = _knock_outs(model, units, selection, config, progress, f"knock-outs {n_pass + 1}")
-        if n_pass == MAX_PASSES - 1:
-            break
         order = sorted(range(len(units)), key=lambda i: -cost[i])
 
         def good(n: int, order: list[int] = order, units: list[tuple[Node, ...]] = units) -> bool:
@@ -128,8 +132,10 @@ def _without_idle(
         if n_needed == len(units):
             break
         units = [units[i] for i in sorted(order[:n_needed])]
-    importance = {node: c for unit, c in zip(units, cost, strict=True) for node in unit}
-    return [node for unit in units for node in unit], importance
+    alone = [(node,) for unit in units for node in unit]
+    cost = _knock_outs(model, alone, selection, config, progress, "importance")
+    importance = {unit[0]: c for unit, c in zip(alone, cost, strict=True) if abs(c) > NO_EFFECT_NATS}
+    return list(importance), importance
 
 
 def _knock_outs(

@@ -1,11 +1,14 @@
 """Learned masks: which nodes a behaviour needs, found by gradient.
 
-    m = 1[tau >= 0],   dm/dtau = sigmoid'(tau / T) / T                        one gate per node, shared by all positions
+    m = 1[tau + s u >= 0],   dm/dtau = sigmoid'(tau / T) / T                  one gate per node, shared by all positions
     x_node  <-  m x_node + (1 - m) baseline_node                              after AbsTopK
     loss    =   objective(gated model) + k_coef * sum(m)
 
-Gao et al. 2025 (arXiv 2511.13653) minimise the task's cross-entropy, which rewards circuits that do *better* than
-their model. The default here is agreement: the divergence KL(model || circuit) over the whole vocabulary at the answer
+Gao et al. 2025 (arXiv 2511.13653) use s = 0. With every gate open the divergence from the model is exactly flat, so only the
+price pulls, and deterministic gates all close in the same few steps, needed or not. Logistic noise u, one draw per
+batch, shows each gate its worth among random sets of the others; its scale s falls to 0 during the search.
+
+Gao et al. minimise the task's cross-entropy, which rewards circuits that do *better* than their model. The default here is agreement: the divergence KL(model || circuit) over the whole vocabulary at the answer
 position, on both sides of every pair. Gates are then ranked and the smallest prefix is kept that agrees well enough
 on prompts held out from their training (method and pitfalls: Drori 2026).
 """
@@ -42,23 +45,26 @@ class PruneConfig:
     k_coef: float = 2e-3
     """Price of one open gate, nats."""
 
-    n_steps: int = 600
+    n_steps: int = 500
     """Optimizer steps on gates."""
 
     batch_size: int = 32
     """Pairs per step, both prompts of each."""
 
-    lr: float = 2e-2
+    lr: float = 3e-2
     """AdamW's learning rate, falling linearly to 0."""
 
     temperature: float = 1.0
     """T of the gate's surrogate gradient."""
 
-    tau_init: float = 0.1
+    tau_init: float = 2.0
     """Where gates start; positive is open."""
 
-    tau_noise: float = 0.01
-    """Standard deviation of the start."""
+    noise: float = 1.0
+    """Scale of the logistic noise on tau at the start; 0 searches with the paper's deterministic gates."""
+
+    noise_until_frac: float = 0.7
+    """Share of the search after which gates are deterministic; until then the noise falls linearly."""
 
     sites: tuple[str, ...] = tuple(SITES)
     """Sites whose nodes have gates; nodes of other sites stay as they are and are not counted."""
@@ -72,7 +78,7 @@ class PruneConfig:
     n_selection: int = 256
     """Pairs, apart from those, on which the size is chosen; the test split is never used."""
 
-    max_kl: float = 0.05
+    max_kl: float = 0.2
     """Largest mean KL(model || circuit) of the chosen circuit on the selection pairs, nats."""
 
     max_loss_gap: float = 0.03
@@ -117,21 +123,23 @@ def both_sides(batch: TaskBatch) -> TaskBatch:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tau: Tensor, temperature: float) -> Tensor:
+    def forward(ctx, tau: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
         ctx.save_for_backward(tau)
         ctx.temperature = temperature
-        return (tau >= 0).to(tau.dtype)
+        return ((tau if noise is None else tau + noise) >= 0).to(tau.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (tau,) = ctx.saved_tensors
         soft = torch.sigmoid(tau / ctx.temperature)
-        return grad * soft * (1 - soft) / ctx.temperature, None
+        return grad * soft * (1 - soft) / ctx.temperature, None, None
 
 
-def gate(tau: Float[Tensor, " width"], temperature: float = 1.0) -> Float[Tensor, " width"]:
-    """Exactly 1 where `tau >= 0`, else exactly 0; its gradient is that of sigmoid(tau / temperature)."""
-    return _Gate.apply(tau, temperature)  # pyright: ignore[reportReturnType]
+def gate(
+    tau: Float[Tensor, " width"], temperature: float = 1.0, noise: Float[Tensor, " width"] | None = None
+) -> Float[Tensor, " width"]:
+    """Exactly 1 where `tau (+ noise) >= 0`, else exactly 0; its gradient is that of sigmoid(tau / temperature)."""
+    return _Gate.apply(tau, temperature, noise)  # pyright: ignore[reportReturnType]
 
 
 def _gating(m: Float[Tensor, " width"], baseline: Float[Tensor, " width"]) -> Callable:
@@ -164,9 +172,8 @@ class _Gates:
         self.tau: dict[Place, Tensor] = {}
         for place in places(model.cfg):
             if place.site in config.sites and not (config.share_qk and place.site == "k"):
-                noise = torch.randn(width(model.cfg, place.site), generator=generator)
-                start = (config.tau_init + config.tau_noise * noise).to(model.embed.W_E)
-                self.tau[place] = start.requires_grad_()
+                jitter = 0.01 * torch.randn(width(model.cfg, place.site), generator=generator)
+                self.tau[place] = (config.tau_init + jitter).to(model.embed.W_E).requires_grad_()
         self.gain = {place: torch.zeros_like(tau) for place, tau in self.tau.items()}
 
     def of(self, place: Place) -> Tensor | None:
@@ -174,15 +181,20 @@ class _Gates:
             place = Place(place.layer, "q")
         return self.tau.get(place)
 
-    def hooks(self, baseline: NodeValues) -> tuple[FwdHooks, list[Tensor]]:
+    def hooks(self, baseline: NodeValues, step: int, generator: torch.Generator) -> FwdHooks:
+        """One draw of the gates, the same for every prompt and position of a batch."""
+        scale = self.config.noise * max(0.0, 1 - step / max(1.0, self.config.noise_until_frac * self.config.n_steps))
         opened: dict[int, Tensor] = {}
         hooks: FwdHooks = []
         for place in places(self.cfg):
             tau = self.of(place)
-            if tau is not None:
-                m = opened.setdefault(id(tau), gate(tau, self.config.temperature))
-                hooks.append((place.hook, _gating(m, baseline[place])))
-        return hooks, list(opened.values())
+            if tau is None:
+                continue
+            if id(tau) not in opened:
+                noise = torch.rand(len(tau), generator=generator).logit(eps=1e-6).to(tau) * scale if scale else None
+                opened[id(tau)] = gate(tau, self.config.temperature, noise)
+            hooks.append((place.hook, _gating(opened[id(tau)], baseline[place])))
+        return hooks
 
     @torch.no_grad()
     def note_gain(self, n_step: int) -> None:
@@ -248,8 +260,7 @@ def learn_gates(
         steps = tqdm(range(config.n_steps), disable=not progress, desc="gates", unit="step")
         for step, rows in zip(steps, _draws(pairs.lengths, config, generator), strict=False):
             here = batch.rows(rows)
-            hooks, opened = gates.hooks(baseline)
-            with model.hooks(fwd_hooks=hooks):
+            with model.hooks(fwd_hooks=gates.hooks(baseline, step, generator)):
                 fit = objective(reference[rows], answer_logits(model, here), here)
             grads = torch.autograd.grad(fit, taus, retain_graph=False, allow_unused=True)
             for tau, grad in zip(taus, grads, strict=True):
@@ -259,9 +270,6 @@ def learn_gates(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - step / config.n_steps)
             optimizer.step()
-            with torch.no_grad():
-                for tau in taus:
-                    tau.clamp_(-1, 1)
             n_open = sum(int((tau >= 0).sum()) for tau in taus)
             history.append((step + 1, fit.item(), n_open))
             if step % 10 == 0:
