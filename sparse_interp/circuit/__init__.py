@@ -1,0 +1,1 @@
+"""Circuits: what they are, how they are found, described and kept."""

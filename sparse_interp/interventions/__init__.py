@@ -1,0 +1,1 @@
+"""Changing activations: ablation, and the learned masks that are built on it."""

@@ -39,7 +39,7 @@ def mean_activations(
     """
     if len(blocks) == 0:
         raise CircuitError("means need at least one block of tokens, and there are none.")
-    sums = {place: 0.0 for place in places(model.cfg)}
+    sums = dict.fromkeys(places(model.cfg), 0.0)
 
     def add(place: Place) -> Callable:
         def hook(activation: Tensor, hook: HookPoint) -> None:

@@ -4,13 +4,14 @@
     x_node  <-  m x_node + (1 - m) baseline_node                              after AbsTopK
     loss    =   objective(gated model) + k_coef * sum(m)
 
-Gao et al. 2025 (arXiv 2511.13653) use s = 0. With every gate open the divergence from the model is exactly flat, so only the
-price pulls, and deterministic gates all close in the same few steps, needed or not. Logistic noise u, one draw per
-batch, shows each gate its worth among random sets of the others; its scale s falls to 0 during the search.
+Gao et al. 2025 (arXiv 2511.13653) use s = 0. With every gate open the divergence from the model is exactly flat, so
+only the price pulls, and deterministic gates all close in the same few steps, needed or not. Logistic noise u, one draw
+per batch, shows each gate its worth among random sets of the others; its scale s falls to 0 during the search.
 
-Gao et al. minimise the task's cross-entropy, which rewards circuits that do *better* than their model. The default here is agreement: the divergence KL(model || circuit) over the whole vocabulary at the answer
-position, on both sides of every pair. Gates are then ranked and the smallest prefix is kept that agrees well enough
-on prompts held out from their training (method and pitfalls: Drori 2026).
+Gao et al. minimise the task's cross-entropy, which rewards circuits that do *better* than their model. The default here
+is agreement: the divergence KL(model || circuit) over the whole vocabulary at the answer position, on both sides of
+every pair. Gates are then ranked, and the smallest prefix is kept that agrees well enough on prompts held out from
+their training (method and pitfalls: Drori 2026).
 """
 
 from collections.abc import Callable, Iterator
@@ -298,7 +299,7 @@ def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.
                 yield torch.cat([batches[i], batches[i] + n_pairs])
 
 
-class _frozen:  # noqa: N801 - used as a verb
+class _frozen:
     """Inside the block no parameter asks for a gradient."""
 
     def __init__(self, model: HookedSparseTransformer):
