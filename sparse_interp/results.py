@@ -231,8 +231,9 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, by: str | None = None, ax: Axe
 def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Points joined by lines: blue for positive weights, vermilion for negative ones, wider for larger.
 
-    `nodes` has the columns `x`, `y`, `label` and `kind` (which colours a point) and is indexed by node; `edges` has
-    `source` and `target`, which are such indices, and `weight`, not a number where a line has none (drawn faint).
+    `nodes` has the columns `x`, `y`, `label` and `kind` (which colours a point), and optionally `size` (area in square
+    points), and is indexed by node; `edges` has `source` and `target`, which are such indices, and `weight`, not a
+    number where a line has none (drawn faint).
     """
     _need(nodes, "graph", "x", "y", "label", "kind")
     _need(edges, "graph", "source", "target", "weight")
@@ -248,9 +249,8 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -
         ax.plot(ends.x.to_numpy(), ends.y.to_numpy(), color=colour, linewidth=width, zorder=1)
     kinds = list(dict.fromkeys(nodes.kind))
     colour_of = {str(kind): COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    ax.scatter(
-        nodes.x, nodes.y, c=[colour_of[str(k)] for k in nodes.kind], s=60, zorder=2, edgecolors=INK, linewidths=0.5
-    )
+    colours, sizes = [colour_of[str(k)] for k in nodes.kind], nodes["size"] if "size" in nodes else 60
+    ax.scatter(nodes.x, nodes.y, c=colours, s=sizes, zorder=2, edgecolors=INK, linewidths=0.5)
     for x, y, label in zip(nodes.x, nodes.y, nodes.label, strict=True):
         text = str(label).replace("$", r"\$")  # a label is text, never a formula
         ax.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7, color=INK)

@@ -113,7 +113,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides the ids: vocabulary, merges, pattern, special tokens. Not of paths or file layout."""
     spec = json.loads(_backend(tokenizer).to_str())
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"].get("merges", [])]
     content = {
         "vocab": sorted(spec["model"]["vocab"].items(), key=lambda item: item[1]),
         "merges": merges,

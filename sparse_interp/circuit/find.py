@@ -96,6 +96,21 @@ def kept_by(nodes: Iterable[Node], model: HookedSparseTransformer, config: Prune
     return {place: m if place.site in config.sites else torch.ones_like(m) for place, m in found.items()}
 
 
+def _units(nodes: Sequence[Node], config: PruneConfig) -> list[tuple[Node, ...]]:
+    """What is dropped in one piece: a node, or the q and k of a channel where they share a gate."""
+    if not config.share_qk:
+        return [(node,) for node in nodes]
+    kept = set(nodes)
+    units = []
+    for node in nodes:
+        partner = Node(node.layer, "k", node.channel) if node.site == "q" else None
+        if partner in kept:
+            units.append((node, partner))
+        elif not (node.site == "k" and Node(node.layer, "q", node.channel) in kept):
+            units.append((node,))
+    return units
+
+
 def _without_idle(
     model: HookedSparseTransformer,
     nodes: Sequence[Node],
@@ -125,18 +140,18 @@ def _without_idle(
 
 def _knock_outs(
     model: HookedSparseTransformer,
-    nodes: Sequence[Node],
+    units: Sequence[tuple[Node, ...]],
     selection: Selection,
     config: PruneConfig,
     progress: bool,
     title: str,
 ) -> list[float]:
-    """By how much the mean KL(model || circuit) grows when a node is held at its baseline too, nats."""
-    everything = set(nodes)
+    """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
+    everything = {node for unit in units for node in unit}
     whole = selection.kl(kept_by(everything, model, config), KNOCK_OUT_EVERY)
     costs = []
-    for node in tqdm(nodes, disable=not progress, desc=title, unit="node"):
-        without = selection.kl(kept_by(everything - {node}, model, config), KNOCK_OUT_EVERY)
+    for unit in tqdm(units, disable=not progress, desc=title, unit="node"):
+        without = selection.kl(kept_by(everything - set(unit), model, config), KNOCK_OUT_EVERY)
         costs.append((without - whole).mean().item())
     return costs
 

@@ -3,19 +3,25 @@
     with circuit.running(model):  logits = model(tokens)      every node outside the circuit holds its baseline
 
 Edges are read off the weights, never fitted: a non-zero entry of W_Q, W_K, W_V, W_O, W_in or W_out between two kept
-nodes. Those are what `n_edges` counts. Identity wires along the residual stream and the wires by which q and k act on the write
-through the attention pattern are drawn and not counted; entries of W_E and W_U are listed and counted apart.
+nodes. Those are what `n_edges` counts. Identity wires along the residual stream and the wires by which q and k act on
+the write through the attention pattern are drawn and not counted; entries of W_E and W_U are listed and counted apart.
+
+Circuits of one model form sets (`&`, `|`, `-`, `diff`). How a circuit is kept in a file is in `circuit/files.py`, how
+it is drawn in `circuit/pictures.py`.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, ForwardRef
 
 import pandas as pd
 import torch
 
+from sparse_interp.circuit.files import CircuitFiles
+from sparse_interp.circuit.pictures import CircuitPictures
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
 from sparse_interp.interventions.pruning import PruneConfig
@@ -23,9 +29,12 @@ from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import WIRES, Node, NodeValues, Place, check_nodes, masks, places
 from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.results import Table
 
 if TYPE_CHECKING:
-    import networkx as nx
+    from networkx import DiGraph as DiGraph
+else:
+    DiGraph = ForwardRef("networkx.DiGraph")  # named, not imported: 0.1 s that only those who ask for a graph should pay
 
 NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importance_nats")
 EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
@@ -35,7 +44,15 @@ _READS, _WRITES = ("attn_read", "mlp_read", "final_read"), ("attn_write", "mlp_w
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class CircuitDiff(Table):
+    """Which nodes two circuits share: one row per node of either."""
+
+    columns: ClassVar[tuple[str, ...]] = ("layer", "site", "channel", "where")
+    """`where` is `both`, `first` or `second`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit(CircuitFiles, CircuitPictures):
     """A set of nodes of one model, for one task, with what everything outside it is held at."""
 
     nodes: pd.DataFrame
@@ -64,6 +81,9 @@ class Circuit:
 
     tokenizer_sha256: str | None = None
     """Hash of the tokenizer that the task's prompts were written with."""
+
+    tau: NodeValues | None = None
+    """Where the search left every node's gate, inside the circuit and out; +inf at nodes without one."""
 
     prune: PruneConfig | None = None
     """How the circuit was searched for; None if it was put together by hand."""
@@ -112,6 +132,7 @@ class Circuit:
             cfg=model.cfg,
             model_name=model.cfg.model_name,
             model_sha256=weights_sha256(model),
+            tau=tau,
             **origin,
         )
 
@@ -132,7 +153,6 @@ class Circuit:
     def n_edges(self) -> int:
         """Number of non-zero within-block weights between kept nodes."""
         return int((self.edges.kind == "weight").sum())
-
 
     # -- running it -------------------------------------------------------------------------------------------------
 
@@ -185,7 +205,7 @@ class Circuit:
 
     # -- set algebra ------------------------------------------------------------------------------------------------
 
-    def _combined(self, other: "Circuit", nodes: Iterable[Node], model: None = None) -> "Circuit":
+    def _combined(self, other: "Circuit", nodes: Iterable[Node]) -> "Circuit":
         if self.model_sha256 != other.model_sha256:
             raise CircuitError(
                 f"circuits of different models do not combine: {self.model_name} ({self.model_sha256[:12]}) and "
@@ -193,7 +213,9 @@ class Circuit:
             )
         wanted = {str(node) for node in nodes}
         both_nodes = pd.concat([self.nodes, other.nodes]).drop_duplicates(["layer", "site", "channel"])
-        names = [str(Node(*row)) for row in both_nodes[["layer", "site", "channel"]].itertuples(index=False)]
+        in_order = [(_order(self.cfg)[Place(*row[:2])], row[2]) for row in _places_of(both_nodes)]
+        both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
+        names = [str(Node(*row)) for row in _places_of(both_nodes)]
         both_edges = pd.concat([self.edges, other.edges]).drop_duplicates(["source", "target", "kind"])
         ends = both_edges.source.isin(wanted) & both_edges.target.isin(wanted)
         return replace(
@@ -208,18 +230,46 @@ class Circuit:
         """Nodes in both, with the edges between them."""
         return self._combined(other, self.node_set & other.node_set)
 
+    def __or__(self, other: "Circuit") -> "Circuit":
+        """Nodes of either, with the edges that either knows.
+
+        A weight from a node that only one has to a node that only the other has is in neither; where there can be one,
+        a warning says so, and `(a | b).transplanted(model)` reads all edges off the weights.
+        """
+        if _may_be_joined(self.node_set - other.node_set, other.node_set - self.node_set):
+            warnings.warn(
+                "edges between nodes of one circuit and nodes of the other are not known without the model; "
+                "(a | b).transplanted(model) reads them off its weights.",
+                stacklevel=2,
+            )
+        return self._combined(other, self.node_set | other.node_set)
+
     def __sub__(self, other: "Circuit") -> "Circuit":
         """Nodes of this one that the other lacks, with the edges between them."""
         return self._combined(other, self.node_set - other.node_set)
 
-    def to_networkx(self) -> "nx.DiGraph":
-        """Nodes with their columns, edges with theirs, as a directed graph."""
-        import networkx as nx  # 0.1 s that only those who ask for a graph should pay
+    def diff(self, other: "Circuit") -> CircuitDiff:
+        """Node by node, whether both circuits have it, only this (`first`) or only the other (`second`).
 
-        graph = nx.DiGraph(model=self.model_name, task=self.task_name or "")
+        Raises:
+            CircuitError: if the circuits belong to models of different shapes.
+        """
+        check_nodes(other.node_set, self.cfg)
+        order = _order(self.cfg)
+        rows = []
+        for node in sorted(self.node_set | other.node_set, key=lambda n: (order[Place(n.layer, n.site)], n.channel)):
+            here, there = node in self.node_set, node in other.node_set
+            rows.append((*node, "both" if here and there else "first" if here else "second"))
+        return CircuitDiff(pd.DataFrame(rows, columns=list(CircuitDiff.columns)))
+
+    def to_networkx(self) -> DiGraph:
+        """Nodes with their columns, edges with theirs, as a directed graph."""
+        from networkx import DiGraph  # see above
+
+        graph = DiGraph(model=self.model_name, task=self.task_name or "")
         for row in self.nodes.to_dict("records"):
             node = Node(row["layer"], row["site"], row["channel"])
-            graph.add_node(str(node), **{k: v for k, v in row.items() if not pd.isna(v)})
+            graph.add_node(str(node), **{str(k): v for k, v in row.items() if not pd.isna(v)})
         for row in self.edges.to_dict("records"):
             if row["source"] in graph and row["target"] in graph:
                 graph.add_edge(row["source"], row["target"], **{k: row[k] for k in ("kind", "weight_name", "weight")})
@@ -234,6 +284,19 @@ class Circuit:
 
 def _order(cfg: ModelConfig) -> dict[Place, int]:
     return {place: i for i, place in enumerate(places(cfg))}
+
+
+def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
+    """Layer, site and channel of each row."""
+    return [(int(layer), site, int(c)) for layer, site, c in nodes[["layer", "site", "channel"]].itertuples(index=False)]
+
+
+def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:
+    """Whether some node of `first` and some node of `second` stand at the two ends of a kind of edge."""
+    ends = {(wire.source.name, wire.target.name) for wire in WIRES} | {("q", "attn_write"), ("k", "attn_write")}
+    ends |= {(written, read) for written in _WRITES for read in _READS}
+    sites = {(a.site, b.site) for a in first for b in second}
+    return any((a, b) in ends or (b, a) in ends for a, b in sites)
 
 
 def edges_between(model: HookedSparseTransformer, nodes: Iterable[Node]) -> pd.DataFrame:

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from sparse_interp.errors import CircuitError
@@ -261,6 +260,8 @@ class CircuitPage:
 
 def render_page(page: CircuitPage) -> str:
     """The page as one self-contained HTML document."""
+    import jinja2  # only those who draw a page pay for it
+
     check_page(page)
     vendor, script, style = _vendored_script(), _own_script(), _resource("page.css")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

@@ -1,0 +1,589 @@
+"""What the nodes of a circuit do: where they are active, what they read and what they write.
+
+    contexts      for each node, the blocks of text in which |activation| is largest anywhere but at the first token
+    effect[t]     what one unit of a node adds to the logit of token t on the direct path alone:
+
+                      ((d . centring) * gain / scale) W_U[:, t]      d = what the unit adds to the stream:
+                                                                     the channel itself (a write), a row of W_out
+                                                                     (a neuron), a row of W_O (a v node that gets all
+                                                                     the attention)
+
+`scale` is the final norm's denominator, frozen at its mean where it was measured, and every cut and layer between the
+write and the end is passed over: a first-order account (the direct logit attribution of Elhage et al. 2021, *A
+Mathematical Framework for Transformer Circuits*), not an intervention. At `final_read` it is exact. Reads, q and k
+write nothing to the stream; for reads the tokens whose embeddings write the channel stand in that place.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from sparse_interp.axes import Tokens
+from sparse_interp.circuit.graph import Circuit, token_edges
+from sparse_interp.circuit.pictures import page_edges, page_nodes
+from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.ablation import FwdHooks, evaluating
+from sparse_interp.interventions.pruning import both_sides
+from sparse_interp.model.sites import PATTERN_HOOK, Node, Place, flat, places
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.results import Axes, Table, bars_with_intervals
+from sparse_interp.tasks.task import Task, TaskBatch
+from sparse_interp.viewer.page import (
+    CircuitPage,
+    PageAudit,
+    PageContext,
+    PageEdge,
+    PagePrompt,
+    PageToken,
+    PageWrite,
+)
+
+N_BEFORE, N_AFTER = 16, 6
+"""Tokens shown on either side of the one that a context is for."""
+
+N_TOKENS_IN, N_TOKENS_OUT = 6, 8
+"""Tokens drawn at the two ends of a circuit."""
+
+Text = Callable[[int], str]
+"""Token id -> its text."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContextTable(Table):
+    """The strongest contexts of every node: `pieces` and `values` are the window, `at` the token it is shown for."""
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "node", "source", "rank", "value", "token", "block", "pos", "pieces", "values", "at")  # fmt: skip
+
+    def page_contexts(self, node: str) -> list[PageContext]:
+        """The contexts of one node as a page shows them."""
+        rows = self.frame[self.frame.node == node]
+        return [
+            PageContext(pieces=row.pieces, values=row.values_, at=row.at_, source=row.source)
+            for row in rows.rename(columns={"values": "values_", "at": "at_"}).itertuples()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class EffectTable(Table):
+    """Logits of tokens per unit of a node's activation, on the direct path: `node`, `token_id`, `token`, `effect`."""
+
+    columns: ClassVar[tuple[str, ...]] = ("node", "token_id", "token", "effect")
+
+    def of(self, node: str) -> "EffectTable":
+        """The rows of one node."""
+        return EffectTable(self.frame[self.frame.node == node].reset_index(drop=True))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """A bar per row."""
+        rows = self.frame.assign(bar=self.frame.node + "  " + self.frame.token.map(repr), low=math.nan, high=math.nan)
+        return bars_with_intervals(rows, label="bar", value="effect", low="low", high="high", ax=ax)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadTable(Table):
+    """Tokens whose embedding writes a read's channel, by W_E: `node`, `token_id`, `token`, `weight`."""
+
+    columns: ClassVar[tuple[str, ...]] = ("node", "token_id", "token", "weight")
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsTable(Table):
+    """One row per node: its `mean`, `nonzero_frac` and `at_first_token` on text; on the task, by how much the two
+    prompts of a pair differ in it at the changed token and at the last one (`change_at_edit`, `change_at_last`, mean
+    absolute difference); and for q, k and v the `attention_to_edit` that the last token pays the changed one.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "node", "layer", "site", "channel", "head", "baseline", "importance_nats",
+        "mean", "nonzero_frac", "at_first_token", "change_at_edit", "change_at_last", "attention_to_edit")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of every node of a circuit, as tables."""
+
+    statistics: StatisticsTable
+    """One row per node."""
+
+    contexts: ContextTable
+    """Where each node is active, on text and on the task's prompts."""
+
+    effects: EffectTable
+    """What writes, neurons, v nodes and final reads do to logits, on the direct path."""
+
+    reads: ReadTable
+    """Which tokens write the channels that reads read."""
+
+
+def describe(
+    circuit: Circuit,
+    model: HookedSparseTransformer,
+    blocks: Int[Tensor, "block pos"],
+    batch: TaskBatch | None = None,
+    *,
+    n_contexts: int = 6,
+    n_tokens: int = 6,
+    progress: bool = False,
+) -> Description:
+    """Describe every node of `circuit`, in one pass over `blocks` and one over the prompts of `batch`.
+
+    Args:
+        circuit: nodes to describe.
+        model: the model that they belong to; it runs whole, not as the circuit.
+        blocks: text; as a rule held-out text.
+        batch: prompts of the task; None leaves out what needs them, and freezes the final norm at its mean over text.
+        n_contexts: contexts per node on text; half as many on prompts.
+        n_tokens: tokens per node that are listed as promoted, as suppressed, and as writers of a read's channel.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CircuitError: if the circuit belongs to another model, or there is no text.
+    """
+    circuit.check_model(model)
+    nodes = in_order(circuit)
+    text = token_text(model)
+    contexts, sums, scale = _watched(model, nodes, blocks, None, n_contexts, text, "text", progress)
+    if batch is not None:
+        sides = both_sides(batch)
+        mask = sides.attention_mask
+        on_task, _, scale = _watched(model, nodes, sides.clean, mask, max(1, n_contexts // 2), text, "task", False)
+        contexts = pd.concat([on_task, contexts], ignore_index=True)
+    statistics = circuit.nodes[["layer", "site", "channel", "head", "baseline", "importance_nats"]].assign(
+        node=[str(node) for node in nodes], **sums, **_task_changes(model, nodes, batch)
+    )
+    return Description(
+        StatisticsTable(statistics[list(StatisticsTable.columns)]),
+        ContextTable(contexts),
+        EffectTable(_strongest(direct_effects(model, nodes, scale), nodes, text, n_tokens, "effect")),
+        ReadTable(_strongest(embedding_writes(model, nodes), nodes, text, n_tokens, "weight")),
+    )
+
+
+def in_order(circuit: Circuit) -> list[Node]:
+    """The nodes of `circuit`, in the order of its table."""
+    columns = circuit.nodes[["layer", "site", "channel"]]
+    return [Node(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
+
+
+def token_text(model: HookedSparseTransformer) -> Text:
+    """Token id -> text, as the model's tokenizer decodes it alone; `#id` without a tokenizer."""
+    known: dict[int, str] = {}
+
+    def text(token: int) -> str:
+        if token not in known:
+            known[token] = f"#{token}" if model.tokenizer is None else model.tokenizer.decode([token])
+        return known[token]
+
+    return text
+
+
+# -- where nodes are active -------------------------------------------------------------------------------------------
+
+
+def activations(
+    model: HookedSparseTransformer,
+    nodes: Sequence[Node],
+    tokens: Tokens,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Iterator[Float[Tensor, "rows pos node"]]:
+    """Activations of `nodes` alone, a few rows of `tokens` at a time, in eval mode and on the CPU."""
+    device = model.embed.W_E.device
+    wanted = {
+        place: [i for i, node in enumerate(nodes) if (node.layer, node.site) == place] for place in places(model.cfg)
+    }
+    wanted = {place: rows for place, rows in wanted.items() if rows}
+    for start in tqdm(range(0, len(tokens), batch_size), disable=not progress, desc="contexts", unit="batch"):
+        rows = slice(start, start + batch_size)
+        out = torch.zeros(*tokens[rows].shape, len(nodes))
+
+        def note(place: Place, out: Tensor = out) -> Callable:
+            columns = wanted[place]
+            channels = torch.tensor([nodes[i].channel for i in columns], device=device)
+
+            def hook(activation: Tensor, hook: HookPoint) -> None:
+                out[:, :, columns] = flat(activation)[:, :, channels].float().cpu()
+
+            return hook
+
+        hooks: FwdHooks = [(place.hook, note(place)) for place in wanted]
+        mask = None if attention_mask is None else attention_mask[rows].to(device)
+        with torch.no_grad(), evaluating(model), model.hooks(fwd_hooks=hooks):
+            model(tokens[rows].to(device), attention_mask=mask, return_type=None)
+        yield out
+
+
+class _Strongest:
+    """For each node the `n` rows with the largest |activation| so far, with the window around that token."""
+
+    def __init__(self, n_nodes: int, n: int):
+        self.n, width = n, N_BEFORE + 1 + N_AFTER
+        self.size = torch.full((n_nodes, 0), -1.0)
+        self.row = torch.zeros(n_nodes, 0, dtype=torch.long)
+        self.pos = torch.zeros(n_nodes, 0, dtype=torch.long)
+        self.window = torch.zeros(n_nodes, 0, width)
+
+    def add(self, values: Float[Tensor, "rows pos node"], real: Int[Tensor, "rows pos"], first_row: int) -> None:
+        """Take in the activations of rows `first_row`, `first_row` + 1, ...; `real` is 0 at padding."""
+        sizes = values.abs().masked_fill(real[:, :, None] == 0, -1.0)
+        sizes[:, 0] = -1.0  # every block begins alike, and a node that fires there would show nothing else
+        size, pos = sizes.max(1)
+        rows = torch.arange(len(values))[:, None].expand_as(pos)
+        around = pos[:, :, None] + torch.arange(-N_BEFORE, N_AFTER + 1)
+        inside = around.clamp(0, values.shape[1] - 1)
+        window = values[rows[:, :, None], inside, torch.arange(values.shape[2])[None, :, None]]
+        self.size = torch.cat([self.size, size.T], 1)
+        best = self.size.argsort(dim=1, descending=True, stable=True)[:, : self.n]
+        self.size = self.size.gather(1, best)
+        self.row = torch.cat([self.row, rows.T + first_row], 1).gather(1, best)
+        self.pos = torch.cat([self.pos, pos.T], 1).gather(1, best)
+        window = torch.cat([self.window, window.transpose(0, 1)], 1)
+        self.window = window.gather(1, best[:, :, None].expand(-1, -1, window.shape[2]))
+
+    def frame(self, nodes: Sequence[Node], tokens: Tokens, lengths: Sequence[int], text: Text, source: str):
+        """The rows of a ContextTable; a node that is zero everywhere has none."""
+        found = []
+        for i, node in enumerate(nodes):
+            for rank in range(self.size.shape[1]):
+                row, pos = int(self.row[i, rank]), int(self.pos[i, rank])
+                if self.size[i, rank] <= 0:
+                    continue
+                start, stop = max(0, pos - N_BEFORE), min(lengths[row], pos + N_AFTER + 1)
+                pieces = [text(token) for token in tokens[row, start:stop].tolist()]
+                shift = N_BEFORE - pos
+                values = self.window[i, rank, start + shift : stop + shift].tolist()
+                at = pos - start
+                found.append((str(node), source, rank, values[at], pieces[at], row, pos, pieces, values, at))
+        return pd.DataFrame(found, columns=list(ContextTable.columns))
+
+
+def _watched(
+    model: HookedSparseTransformer,
+    nodes: Sequence[Node],
+    tokens: Tokens,
+    attention_mask: Int[Tensor, "batch pos"] | None,
+    n: int,
+    text: Text,
+    source: str,
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, list[float]], float]:
+    """One pass: contexts, sums over tokens, and the final norm's scale (at the last tokens, where there is a mask)."""
+    if len(tokens) == 0:
+        raise CircuitError("a description needs at least one block of tokens, and there are none.")
+    real = torch.ones_like(tokens) if attention_mask is None else attention_mask
+    lengths = real.sum(1)
+    strongest, row = _Strongest(len(nodes), n), 0
+    total, nonzero, first = (torch.zeros(len(nodes), dtype=torch.float64) for _ in range(3))
+    inverse_scales: list[Tensor] = []
+
+    def note_scale(scale: Tensor, hook: HookPoint) -> None:
+        inverse_scales.append(scale[:, :, 0].detach().float().reciprocal().cpu())
+
+    norm_hooks: FwdHooks = []
+    if model.cfg.norm != "none":
+        assert model.ln_final.hook_scale.name is not None
+        norm_hooks = [(model.ln_final.hook_scale.name, note_scale)]
+    with model.hooks(fwd_hooks=norm_hooks):
+        for values in activations(model, nodes, tokens, attention_mask, progress=progress):
+            rows = slice(row, row + len(values))
+            strongest.add(values, real[rows], row)
+            shown = values.double() * real[rows, :, None]
+            total, nonzero = total + shown.sum((0, 1)), nonzero + (shown != 0).double().sum((0, 1))
+            first, row = first + shown[:, 0].sum(0), row + len(values)
+    scale = 1.0
+    if inverse_scales:
+        inverse = torch.cat(inverse_scales)
+        chosen = inverse.flatten() if attention_mask is None else inverse[torch.arange(len(inverse)), lengths - 1]
+        scale = 1 / float(chosen.mean())
+    n_real = int(real.sum())
+    sums = {"mean": total / n_real, "nonzero_frac": nonzero / n_real, "at_first_token": first / len(tokens)}
+    frame = strongest.frame(nodes, tokens, lengths.tolist(), text, source)
+    return frame, {name: values.tolist() for name, values in sums.items()}, scale
+
+
+def _task_changes(
+    model: HookedSparseTransformer, nodes: Sequence[Node], batch: TaskBatch | None
+) -> dict[str, list[float]]:
+    """How nodes differ between the prompts of a pair, and how much the last token attends to the changed one."""
+    names = ("change_at_edit", "change_at_last", "attention_to_edit")
+    if batch is None:
+        return {name: [math.nan] * len(nodes) for name in names}
+    edited = (batch.clean != batch.corrupt).int().argmax(1)
+    rows, last, mask = torch.arange(len(batch)), batch.last.cpu(), batch.attention_mask
+    patterns: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable:
+        def hook(pattern: Tensor, hook: HookPoint) -> None:
+            patterns[layer] = pattern.detach().cpu()
+
+        return hook
+
+    size = max(1, len(batch))
+    hooks: FwdHooks = [(PATTERN_HOOK.format(layer=layer), note(layer)) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=hooks):
+        clean = next(activations(model, nodes, batch.clean, mask, batch_size=size))
+    corrupt = next(activations(model, nodes, batch.corrupt, mask, batch_size=size))
+    difference = (clean - corrupt).abs()
+    paid = {layer: pattern[rows, :, last, edited].mean(0) for layer, pattern in patterns.items()}
+    d_head = model.cfg.d_head
+    attention = [
+        float(paid[node.layer][node.channel // d_head]) if node.site in ("q", "k", "v") else math.nan for node in nodes
+    ]
+    changes = (difference[rows, edited].mean(0).tolist(), difference[rows, last].mean(0).tolist(), attention)
+    return dict(zip(names, changes, strict=True))
+
+
+# -- what nodes read and write ----------------------------------------------------------------------------------------
+
+
+def direct_effects(
+    model: HookedSparseTransformer, nodes: Sequence[Node], scale: float = 1.0
+) -> Float[Tensor, "node d_vocab"]:
+    """What one unit of each node adds to every logit on the direct path; zeros for reads within blocks, q and k.
+
+    `scale` is the denominator of the final norm. A v node is taken to get all the attention.
+    """
+    d_model, vocabulary = model.cfg.d_model, model.unembed.W_U.detach().float()
+    stream, final = torch.zeros(len(nodes), d_model), torch.zeros(len(nodes), d_model)
+    for i, node in enumerate(nodes):
+        if node.site in ("attn_write", "mlp_write"):
+            stream[i, node.channel] = 1
+        elif node.site == "neuron":
+            stream[i] = model.layers[node.layer].mlp.W_out.detach()[node.channel].float().cpu()
+        elif node.site == "v":
+            stream[i] = model.layers[node.layer].attn.W_O.detach().flatten(0, 1)[node.channel].float().cpu()
+        elif node.site == "final_read":
+            final[i, node.channel] = 1
+    if model.cfg.norm == "layer":
+        stream = stream - stream.mean(1, keepdim=True)
+    if model.cfg.norm != "none":
+        stream = stream * model.ln_final.w.detach().float().cpu() / scale
+    return (stream + final) @ vocabulary.cpu()
+
+
+def embedding_writes(model: HookedSparseTransformer, nodes: Sequence[Node]) -> Float[Tensor, "node d_vocab"]:
+    """What each token's embedding holds in the channel of each read; zeros for other sites and for positions."""
+    embedding = model.embed.W_E.detach().float().cpu()
+    out = torch.zeros(len(nodes), len(embedding))
+    for i, node in enumerate(nodes):
+        if node.site in ("attn_read", "mlp_read", "final_read") and node.channel < model.cfg.d_model:
+            out[i] = embedding[:, node.channel]
+    return out
+
+
+def _strongest(
+    values: Float[Tensor, "node d_vocab"], nodes: Sequence[Node], text: Text, n: int, name: str
+) -> pd.DataFrame:
+    """The `n` largest positive and the `n` largest negative entries of each node, by size."""
+    rows = []
+    for node, row in zip(nodes, values, strict=True):
+        order = row.argsort(descending=True, stable=True)
+        ends = [i for i in order[:n].tolist() if row[i] > 0] + [i for i in order[-n:].tolist() if row[i] < 0]
+        for token in sorted(dict.fromkeys(ends), key=lambda i: (-abs(float(row[i])), i)):
+            rows.append((str(node), token, text(token), float(row[token])))
+    return pd.DataFrame(rows, columns=["node", "token_id", "token", name])
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(
+    circuit: Circuit,
+    model: HookedSparseTransformer,
+    task: Task,
+    blocks: Int[Tensor, "block pos"],
+    audit: PageAudit | None = None,
+    *,
+    generator: torch.Generator,
+    n_pairs: int = 64,
+    progress: bool = False,
+) -> CircuitPage:
+    """Everything that the circuit page shows: pass it to `circuit.to_html(path, page)`.
+
+    Args:
+        circuit: what to show.
+        model: the model that it belongs to.
+        task: where prompts and the tokens at both ends are drawn from (its training split).
+        blocks: held-out text for contexts.
+        audit: what the circuit is worth; without it the page says that nobody measured.
+        generator: draws the prompts.
+        n_pairs: pairs that contexts and statistics on the task are taken from.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CircuitError: if the circuit belongs to another model.
+    """
+    batch = task.batch(n_pairs, split="train", generator=generator)
+    known = describe(circuit, model, blocks, batch, progress=progress)
+    wires = token_wires(model, circuit, batch)
+    tokens = _page_tokens(wires, batch)
+    path = main_path(circuit, wires)
+    bare = circuit.bare_page()
+    return replace(
+        bare,
+        nodes=_full_nodes(circuit, known),
+        edges=[*bare.edges, *page_edges(wires)],
+        tokens=tokens,
+        subtitle=f"Widest path: {path}" if path else "",
+        n_layers=model.cfg.n_layers,
+        summary=_summary(circuit, wires),
+        prompts=_page_prompts(batch, token_text(model)),
+        audit=audit,
+    )
+
+
+def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBatch) -> pd.DataFrame:
+    """Entries of W_E and W_U at the tokens that matter, with their text in `piece`: `in.ID` -> node, node -> `out.ID`.
+
+    Those are the tokens in which the pairs of `batch` differ, and its answers and foils, the most frequent first.
+    """
+    sides = both_sides(batch)
+    inputs = Counter(sides.clean[sides.clean != sides.corrupt].tolist())
+    outputs = Counter(sides.answer.tolist())
+    chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]
+    edges = token_edges(model, in_order(circuit), *chosen)
+    text = token_text(model)
+    reading = edges.kind == "embedding"
+    ids = edges.source.where(reading, edges.target).str.removeprefix("token.")
+    return edges.assign(
+        source=edges.source.where(~reading, "in." + ids),
+        target=edges.target.where(reading, "out." + ids),
+        piece=[text(int(token)) for token in ids],
+    )
+
+
+def main_path(circuit: Circuit, wires: pd.DataFrame) -> str:
+    """From a token through nodes to a token: the path whose least needed node is needed most, in words.
+
+    Empty if no path joins two ends, or nobody measured how much nodes are needed. Attention wires are not followed.
+    """
+    needed = dict(zip(map(str, in_order(circuit)), circuit.nodes.importance_nats.astype(float), strict=True))
+    if circuit.nodes.importance_nats.isna().all() or wires.empty:
+        return ""
+    into: dict[str, list[str]] = {}
+    for edge in pd.concat([circuit.edges[circuit.edges.kind != "attention"], wires]).to_dict("records"):
+        into.setdefault(edge["target"], []).append(edge["source"])
+    ends = {name for names in (wires.source, wires.target) for name in names if name.startswith(("in.", "out."))}
+    best: dict[str, tuple[float, int, str | None]] = {name: (math.inf, 0, None) for name in ends if name[:3] == "in."}
+    for name in [*needed, *sorted(end for end in ends if end[:4] == "out.")]:  # nodes come in forward order
+        widths = [(min(best[s][0], needed.get(name, math.inf)), best[s][1] - 1, s)
+                  for s in into.get(name, []) if s in best]  # fmt: skip
+        if widths:
+            best[name] = max(widths)
+    finished = [(best[name][:2], name) for name in best if name[:4] == "out."]
+    if not finished:
+        return ""
+    piece = {end: row["piece"] for row in wires.to_dict("records") for end in (row["source"], row["target"])}
+    steps, name = [], max(finished)[1]
+    while name is not None:
+        steps.append(repr(piece[name]) if name in ends else name)
+        name = best[name][2]
+    return " → ".join(reversed(steps))
+
+
+def _page_tokens(wires: pd.DataFrame, batch: TaskBatch) -> list[PageToken]:
+    roles = _token_roles(batch)
+    tokens = {}
+    for row in wires.to_dict("records"):
+        side = row["kind"]
+        end = row["source"] if side == "embedding" else row["target"]
+        role = roles.get(int(end.split(".")[1]), "")
+        tokens[end] = PageToken(id=end, piece=row["piece"], side=side, role=role)
+    return list(tokens.values())
+
+
+def _token_roles(batch: TaskBatch) -> dict[int, str]:
+    """Which tokens belong to the side of the first pair's answer and which to that of its foil.
+
+    In a symmetric task every token is now an answer and now a foil; what stays is which of them go together.
+    """
+    edited = (batch.clean != batch.corrupt).int().argmax(1)
+    rows = torch.arange(len(batch))
+    ours = torch.stack([batch.clean[rows, edited], batch.answer], 1).tolist()
+    theirs = torch.stack([batch.corrupt[rows, edited], batch.foil], 1).tolist()
+    side: dict[int, int] = {}
+    for _ in range(2):  # a pair that joins nothing yet may join something later
+        for here, there in zip(ours, theirs, strict=True):
+            known = [side[t] for t in here if t in side] + [1 - side[t] for t in there if t in side]
+            if known or not side:
+                mine = known[0] if known else 0
+                for token in here:
+                    side.setdefault(token, mine)
+                for token in there:
+                    side.setdefault(token, 1 - mine)
+    return {token: ("answer", "foil")[which] for token, which in side.items()}
+
+
+def _full_nodes(circuit: Circuit, known: Description) -> list:
+    """Page nodes with contexts, effects and statistics."""
+    rows = {row["node"]: row for row in known.statistics.frame.to_dict("records")}
+    effects = {str(node): part for node, part in known.effects.frame.groupby("node")}
+    reads = {str(node): part for node, part in known.reads.frame.groupby("node")}
+    partners = set(rows)
+    nodes = []
+    for node in page_nodes(circuit.nodes):
+        writes = [PageWrite(token=row.token, effect=row.effect) for row in effects.get(node.id, known.effects.frame[:0])
+                  .itertuples()]  # fmt: skip
+        stats = _stats(rows[node.id])
+        if node.site in ("q", "k"):
+            other = f"L{node.layer}.{'k' if node.site == 'q' else 'q'}.{node.channel}"
+            stats["score partner"] = other if other in partners else f"{other} (not in the circuit)"
+        if node.id in reads:
+            written = [f"{row.token!r} {row.weight:+.2g}" for row in reads[node.id].itertuples()]
+            stats["written by tokens"] = ", ".join(written)
+        nodes.append(
+            replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats)
+        )
+    return nodes
+
+
+def _stats(row: dict) -> dict[str, str | float | int | None]:
+    """What the panel of one node lists."""
+    stats: dict[str, str | float | int | None] = {
+        "mean on text": row["mean"],
+        "active on text": f"{100 * row['nonzero_frac']:.1f} %",
+        "at first token": row["at_first_token"],
+        "changes at the edit": row["change_at_edit"],
+        "changes at the end": row["change_at_last"],
+    }
+    if not math.isnan(row["attention_to_edit"]):
+        stats["attention, end to edit"] = row["attention_to_edit"]
+    return stats
+
+
+def _summary(circuit: Circuit, wires: pd.DataFrame) -> dict[str, str]:
+    """Headline numbers."""
+    lines = {"nodes": f"{circuit.n_nodes:,}", "edges": f"{circuit.n_edges:,}", "token weights": f"{len(wires):,}"}
+    measured = dict(zip(circuit.scores.measure, circuit.scores.value, strict=True))
+    for label, measure in (
+        ("task loss, circuit", "task loss of circuit"),
+        ("task loss, model", "task loss of model"),
+        ("KL from model", "KL(model || circuit)"),
+    ):
+        if measure in measured:
+            lines[label] = f"{measured[measure]:.3f} nats"
+    return lines
+
+
+def _page_prompts(batch: TaskBatch, text: Text, n: int = 4) -> list[PagePrompt]:
+    """The first pair of each of `n` templates."""
+    chosen = {int(template): row for row, template in reversed(list(enumerate(batch.template.tolist())))}
+    prompts = []
+    for row in sorted(chosen.values())[:n]:
+        length = int(batch.lengths[row])
+        clean, twin = ([text(t) for t in side[row, 1:length].tolist()] for side in (batch.clean, batch.corrupt))
+        answer, foil = text(int(batch.answer[row])), text(int(batch.foil[row]))
+        prompts.append(PagePrompt(pieces=clean, answer=answer, foil=foil, twin=twin))
+    return prompts

@@ -1,0 +1,245 @@
+"""A circuit as a figure and as a bare page: what can be drawn without asking the model anything.
+
+Columns follow the forward pass from left to right, one per site and layer. A residual channel is a rail: it keeps its
+height through all columns, so that whoever writes it and whoever reads it stand on one line. Neurons and the q, k and v
+of a head stand near what they are joined to. The page of `circuit/describe.py` shows the same columns with what each
+node does.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from sparse_interp.model.sites import SITES
+from sparse_interp.results import INK, Axes, _write_whole, graph
+from sparse_interp.viewer.page import CircuitPage, PageEdge, PageNode, inline_html, render_page
+
+ROW_INCHES, COLUMN_INCHES = 0.27, 0.62
+"""Room for one node with its name above it, and for one column."""
+
+COLUMN_SHARE = {"q": 0.8, "k": 0.8, "v": 0.8, "token": 1.5}
+"""Widths of columns that are not 1."""
+
+COLUMN_TITLES = {"attn_read": "read", "attn_write": "write", "mlp_read": "read", "mlp_write": "write",
+                 "final_read": "final\nread"}  # fmt: skip
+
+N_ROUNDS = 12
+"""Rounds in which rails and the nodes between them move towards what they are joined to."""
+
+
+class CircuitPictures:
+    """Drawing, for a circuit with these parts."""
+
+    nodes: pd.DataFrame
+    edges: pd.DataFrame
+    model_name: str
+    task_name: str | None
+
+    def plot(self, ax: Axes | None = None, tokens: pd.DataFrame | None = None) -> Axes:
+        """Draw the circuit: blue wires for positive weights, vermilion for negative ones, larger nodes for needed ones.
+
+        Args:
+            ax: where to draw; None makes a figure that is large enough.
+            tokens: wires to and from tokens as `token_wires` returns them; None draws none.
+        """
+        placed, height, width = layout(self.nodes, self.edges, tokens)
+        parts = [self.edges] if tokens is None or tokens.empty else [self.edges, tokens]
+        wires = pd.concat(parts)[["source", "target", "kind", "weight"]]
+        wires["weight"] = wires.weight.where(~wires.kind.isin(["residual", "attention"]))
+        wires = wires.sort_values("weight", key=np.abs, na_position="first", kind="stable")
+        own_figure = ax is None
+        ax = graph(placed.points, wires, ax=ax)
+        for column in placed.columns:
+            ax.text(column.x, -1.1, column.title, ha="center", va="bottom", fontsize=7, color=INK)
+        for layer, left, right in placed.layers:
+            ax.plot([left, right], [-2.9, -2.9], color=INK, linewidth=0.8)
+            ax.text((left + right) / 2, -3.1, f"layer {layer}", ha="center", va="bottom", fontsize=9, color=INK)
+        ax.set(xlim=(-0.6, width + 0.2), ylim=(height + 0.6, -4.4))  # rows count downwards
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()  # the columns say it
+        if own_figure:
+            ax.figure.set_size_inches(max(7.0, COLUMN_INCHES * (width + 1)), max(4.0, ROW_INCHES * (height + 5)))
+            title = f"{self.task_name or 'circuit'} in {self.model_name}: {len(self.nodes)} nodes"
+            ax.set_title(title, color=INK, fontsize=10)
+        return ax
+
+    def to_html(self, path: Path | str, page: CircuitPage | None = None) -> Path:
+        """Write the circuit page, one self-contained file.
+
+        Without `page` it shows nodes, wires and importances; `describe.page` makes one with contexts, effects and audit.
+        """
+        path = Path(path)
+        _write_whole(path, render_page(self.bare_page() if page is None else page))
+        return path
+
+    def bare_page(self) -> CircuitPage:
+        """The page that needs no model: nodes and wires."""
+        layers = [int(layer) for layer, site in zip(self.nodes.layer, self.nodes.site, strict=True)
+                  if site != "final_read"]  # fmt: skip
+        n_edges = int((self.edges.kind == "weight").sum())
+        return CircuitPage(
+            nodes=page_nodes(self.nodes),
+            edges=page_edges(self.edges),
+            title=self.task_name or "Circuit",
+            model=self.model_name,
+            task=self.task_name or "",
+            n_layers=max(layers, default=0) + 1,
+            summary={"nodes": str(len(self.nodes)), "edges": str(n_edges)},
+        )
+
+    def _repr_html_(self) -> str:
+        return inline_html(render_page(self.bare_page()))
+
+
+def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:
+    """The rows of a circuit's nodes as a page knows them."""
+    return [
+        PageNode(
+            id=node_id(row),
+            layer=int(row["layer"]),
+            site=row["site"],
+            channel=int(row["channel"]),
+            head=None if pd.isna(row["head"]) else int(row["head"]),
+            importance=None if pd.isna(row["importance_nats"]) else max(0.0, float(row["importance_nats"])),
+            baseline=float(row["baseline"]),
+        )
+        for row in nodes.to_dict("records")
+    ]
+
+
+def page_edges(edges: pd.DataFrame) -> list[PageEdge]:
+    """The rows of a circuit's edges as a page knows them; wires without a weight of their own weigh 1."""
+    return [
+        PageEdge(
+            source=row["source"],
+            target=row["target"],
+            weight=1 if row["kind"] in ("residual", "attention") else float(row["weight"]),
+            kind=row["kind"],
+        )
+        for row in edges.to_dict("records")
+    ]
+
+
+def node_id(row: Mapping) -> str:
+    """`L0.neuron.12`, as edges name a node."""
+    return f"L{row['layer']}.{row['site']}.{row['channel']}"
+
+
+# -- where things stand -----------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """One site of one layer, or the tokens at an end."""
+
+    x: float
+    title: str
+
+
+class Placed(NamedTuple):
+    """Everything with its place; x and y count columns and rows."""
+
+    points: pd.DataFrame
+    columns: list[Column]
+    layers: list[tuple[int, float, float]]
+
+
+def layout(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: pd.DataFrame | None) -> tuple[Placed, float, float]:
+    """Where each node and token stands, and how many rows and columns that takes."""
+    points = _points(nodes, tokens)
+    wires = edges if tokens is None or tokens.empty else pd.concat([edges, tokens])
+    keys = sorted(set(points.column))
+    columns, layers, x = [], {}, 0.0
+    for key in keys:
+        site = key[2]
+        width = COLUMN_SHARE.get(site, 1.0)
+        x += width / 2
+        points.loc[[c == key for c in points.column], "x"] = x
+        columns.append(Column(x, COLUMN_TITLES.get(site, site)))
+        if site not in ("token", "final_read"):
+            left, _ = layers.setdefault(key[0], (x - width / 2 + 0.1, x))
+            layers[key[0]] = (left, x + width / 2 - 0.1)
+        x += width / 2
+    n_rows = _set_heights(points, wires)
+    points["label"] = points["name"]
+    return Placed(points, columns, [(layer, *span) for layer, span in layers.items()]), n_rows, x
+
+
+def _points(nodes: pd.DataFrame, tokens: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per node or token: its column (layer, rank of site, site), rail, head, name and size."""
+    rank = {site: i for i, site in enumerate(SITES)}
+    largest = float(np.nanmax(nodes.importance_nats.to_numpy(float), initial=0.0)) or 1.0
+    rows = {}
+    for row in nodes.to_dict("records"):
+        site, on_rail = row["site"], row["site"].endswith(("_read", "_write"))
+        needed = 0.25 if pd.isna(row["importance_nats"]) else min(1.0, max(0.0, row["importance_nats"] / largest))
+        head = -1 if pd.isna(row["head"]) else int(row["head"])
+        name = str(row["channel"]) if head < 0 else f"h{head}·{row['channel']}"
+        column = (int(row["layer"]), rank[site], site)
+        rows[node_id(row)] = (column, row["channel"] if on_rail else None, head, name, site, 22 + 90 * needed)
+    if tokens is not None:
+        last = (1 + max((column[0] for column, *_ in rows.values()), default=0), 0, "token")
+        for row in tokens.to_dict("records"):
+            if row["kind"] == "embedding":
+                rows[row["source"]] = ((-1, 0, "token"), None, -1, repr(row["piece"])[1:-1], "token", 40)
+            else:
+                rows[row["target"]] = (last, None, -1, repr(row["piece"])[1:-1], "token", 40)
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["column", "rail", "head", "name", "kind", "size"])
+    frame["rail"] = frame.rail.astype("Int64")
+    return frame.assign(x=0.0, y=0.0)
+
+
+def _set_heights(points: pd.DataFrame, wires: pd.DataFrame) -> float:
+    """Set `y` of every point, in rows from the top; returns the number of rows."""
+    near: dict[str, list[tuple[str, float]]] = {name: [] for name in points.index}
+    for row in wires[wires.kind != "residual"].to_dict("records"):
+        pull = abs(float(row["weight"])) + 1e-6
+        near[row["source"]].append((row["target"], pull))
+        near[row["target"]].append((row["source"], pull))
+    rails = {int(rail): list(part.index) for rail, part in points.dropna(subset="rail").groupby("rail")}
+    free = [name for name in points.index if pd.isna(points.rail[name])]
+    in_columns = [list(part.index) for _, part in points.loc[free].groupby("column")]
+    n_rows = float(max([len(rails), 6, *(len(c) + 0.6 * points["head"][c].nunique() for c in in_columns)]))
+    order, y = sorted(rails), {}
+
+    def settle() -> None:
+        for i, rail in enumerate(order):
+            y.update(dict.fromkeys(rails[rail], (i + 0.5) * n_rows / len(order)))
+
+    settle()
+    for _ in range(N_ROUNDS):
+        y.update({name: pulled([name], near, y, n_rows / 2) for name in free})
+        wanted = {rail: pulled(names, near, y, y[names[0]]) for rail, names in rails.items()}
+        order.sort(key=lambda rail: (wanted[rail], rail))
+        settle()
+    for names in in_columns:
+        heads = {h: np.mean([y[name] for name in part]) for h, part in points["head"][names].groupby(points["head"])
+                 for part in [part.index]}  # fmt: skip
+        names.sort(key=lambda name: (heads[points["head"][name]], points["head"][name], y[name], name))
+        y.update(zip(names, spread([y[name] for name in names], n_rows), strict=True))
+    points["y"] = [y[name] for name in points.index]
+    return n_rows
+
+
+def pulled(
+    names: Sequence[str], near: Mapping[str, list[tuple[str, float]]], y: Mapping[str, float], fallback: float
+) -> float:
+    """Mean height of what `names` are joined to, by |weight|."""
+    ends = [(y[other], pull) for name in names for other, pull in near[name] if other in y]
+    total = sum(pull for _, pull in ends)
+    return sum(height * pull for height, pull in ends) / total if total else fallback
+
+
+def spread(wanted: Sequence[float], n_rows: float) -> list[float]:
+    """Heights in the given order, a row apart at least and as near to `wanted` as least squares gets, in [0, n_rows]."""
+    pools: list[list[float]] = []  # of wanted - rank: a pool moves as one
+    for rank, height in enumerate(wanted):
+        pools.append([height - rank])
+        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    shifts = [float(np.mean(pool)) for pool in pools for _ in pool]
+    highest = n_rows - len(wanted) + 0.5
+    return [min(max(shift, 0.5), max(highest, 0.5)) + rank for rank, shift in enumerate(shifts)]
