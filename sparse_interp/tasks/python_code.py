@@ -4,7 +4,7 @@
 
 Each is a file of templates, `data/tasks/<name>.json` (the form is explained in `tasks/task.py`). Names and wording
 of the tasks follow Gao et al. 2025 (arXiv:2511.13653), table 1; the prompts are our own: identifiers, dictionary
-keys, file names and messages as they stand in Python's standard library.
+keys and module names of Python's standard library, with messages and file names made of its words.
 """
 
 import difflib
