@@ -391,13 +391,9 @@ class TemplateFile:
     def written(self, number: int, values: Mapping[str, str], clean_side: int) -> Candidate:
         """Template `number` with `values` in its slots, side `clean_side` being the clean one."""
         form = self.templates[number]
-
-        def side(text: str, which: int) -> str:
-            return string.Template(string.Template(text).safe_substitute(self.sides[which])).substitute(values)
-
-        order = (clean_side, 1 - clean_side)
-        clean, corrupt = (side(form.text, which) for which in order)
-        answers = tuple((side(answer, order[0]), side(answer, order[1])) for answer in form.answers)
+        first, second = self.sides[clean_side], self.sides[1 - clean_side]
+        answers = tuple((filled(text, first, values), filled(text, second, values)) for text in form.answers)
+        clean, corrupt = filled(form.text, first, values), filled(form.text, second, values)
         return Candidate(clean, corrupt, answers, number)
 
 
@@ -421,6 +417,11 @@ class PairList:
     def longest(self, split: str, n_tokens: Callable[[str], int]) -> list[Candidate]:
         """Its one longest pair, by `n_tokens`."""
         return [max(self.by_split[split], key=lambda candidate: n_tokens(candidate.clean))]
+
+
+def filled(text: str, side: Mapping[str, str], values: Mapping[str, str]) -> str:
+    """`text` with the slots of one side, then the drawn `values`, put in."""
+    return string.Template(string.Template(text).safe_substitute(side)).substitute(values)
 
 
 def words_of(text: str) -> set[str]:
