@@ -14,6 +14,7 @@ inside a model of task loss 1.13. So the losses are compared both ways (after Dr
 arXiv:2511.13653). Bounds stand in `Thresholds` and nowhere else.
 """
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +47,9 @@ DECIDING, INFORMING = "test", "shifted"
 """The split that the verdict rests on, and the one that is measured beside it."""
 
 NOT_RUN = "not run"
+
+KL = "KL(model || circuit)"
+"""Measure of divergence; the condition says which run stands in for the circuit."""
 
 FAITHFUL, INCOMPLETE = "faithful on what was tested", "incomplete"
 
@@ -239,6 +243,11 @@ class AuditTable(Table):
             return f"fails: {'; '.join(self.reasons)}"
         beside = self.failing(decides=False)
         return f"{FAITHFUL}; not on the {INFORMING} split: {'; '.join(beside)}" if beside else FAITHFUL
+
+    def is_of(self, circuit: Circuit) -> bool:
+        """Whether this is the audit of `circuit`: of its nodes, in its model; a circuit found anew needs its own."""
+        known = (self.origin.get("nodes_sha256"), self.origin.get("model_sha256"))
+        return known == (_nodes_sha256(circuit), circuit.model_sha256)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy of every condition on both splits; the dashed line is chance."""
@@ -478,7 +487,7 @@ class _Sheet:
         for name in list(runs)[1:]:
             kl, same = self.interval(runs[name].kl), self.interval(runs[name].agrees)
             mine = name == "circuit"
-            self.add("KL from model", name, kl, "nats", VOCABULARY, bounds.kl(kl) if mine else None)
+            self.add(KL, name, kl, "nats", VOCABULARY, bounds.kl(kl) if mine else None)
             judged = bounds.argmax_agreement(same) if mine else None
             self.add("argmax agreement with model", name, same, "share", VOCABULARY, judged)
         found = self.scores.correlation(self.generator)
@@ -514,7 +523,7 @@ class _Sheet:
         gap = self.interval(scores.circuit.correct - torch.stack(correct).mean(0))
         self.add("accuracy gap", f"circuit - {name}", gap, "share", ABOVE_FOIL, bounds.control_gap(gap))
         self.add("task loss", name, over["task_loss_nats"], "nats", f"{ANSWER_OR_FOIL}; interval over draws")
-        self.add("KL from model", name, over["kl_nats"], "nats", f"{VOCABULARY}; interval over draws")
+        self.add(KL, name, over["kl_nats"], "nats", f"{VOCABULARY}; interval over draws")
         return records
 
     def no_controls(self, n_wanted: int) -> dict[str, Any]:
@@ -563,6 +572,10 @@ def _plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+def _nodes_sha256(circuit: Circuit) -> str:
+    return hashlib.sha256(" ".join(sorted(map(str, circuit.node_set))).encode()).hexdigest()
+
+
 def _origin(model: HookedSparseTransformer, circuit: Circuit, task: Task, seed: int, level: str) -> dict[str, Any]:
     """What was audited, and with what."""
     try:
@@ -577,12 +590,13 @@ def _origin(model: HookedSparseTransformer, circuit: Circuit, task: Task, seed: 
         "circuit_task_name": circuit.task_name,
         "circuit_task_sha256": circuit.task_sha256,
         "tokenizer_sha256": circuit.tokenizer_sha256,
+        "nodes_sha256": _nodes_sha256(circuit),
         "n_nodes": circuit.n_nodes,
         "n_edges": circuit.n_edges,
         "baseline": circuit.baseline.kind,
         "prune": None if circuit.prune is None else asdict(circuit.prune),
         "circuit_seed": circuit.seed,
-        "audit_seed": seed,
+        "seed": seed,
         "level": level,
         "versions": {"sparse_interp": library, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -68,7 +68,7 @@ def row(table, measure, condition, split="test"):
 def test_the_true_circuit_of_a_hand_built_model_is_faithful(name):
     table = audit_of(name, "key")
     assert table.verdict == FAITHFUL and table.passed is True and table.reasons == []
-    assert row(table, "KL from model", "circuit").value < 1e-3
+    assert row(table, "KL(model || circuit)", "circuit").value < 1e-3
     assert row(table, "accuracy gap", "circuit - random circuits").low > 0.3
 
 
@@ -76,7 +76,7 @@ def test_the_circuit_of_all_nodes_is_faithful_with_nothing_between_it_and_the_mo
     table = audit_of("quote", "all")
     assert table.verdict == FAITHFUL
     for split in ("test", "shifted"):
-        assert row(table, "KL from model", "circuit", split).value == 0
+        assert row(table, "KL(model || circuit)", "circuit", split).value == 0
         assert row(table, "task loss gap", "circuit - model", split)[4:7] == (0, 0, 0)
         assert "no other circuit has this size" in row(table, "accuracy", "random circuits", split).note
 
@@ -211,7 +211,7 @@ def test_only_the_test_split_decides_and_the_shifted_split_is_named_in_the_verdi
     table = audit_of("quote", "key")
     assert set(table.frame[table.frame.decides].split) == {"test"}
     frame = table.frame.copy()
-    shifted = (frame.measure == "KL from model") & (frame.condition == "circuit") & (frame.split == "shifted")
+    shifted = (frame.measure == "KL(model || circuit)") & (frame.condition == "circuit") & (frame.split == "shifted")
     frame.loc[shifted, ["passed", "note"]] = [False, "disagrees there"]
     assert replace(table, frame=frame).passed is True
     assert replace(table, frame=frame).verdict == f"{FAITHFUL}; not on the shifted split: disagrees there"
@@ -304,13 +304,22 @@ def test_the_json_holds_everything_and_comes_back_the_same(tmp_path):
     path = table.save(tmp_path / "audit.json")
     content = json.loads(path.read_text())
     assert content["verdict"] == table.verdict and content["passed"] is False
-    assert content["origin"]["audit_seed"] == 1
+    assert content["origin"]["seed"] == 1
     assert {"sparse_interp", "torch", "python"} == set(content["origin"]["versions"])
     assert len(content["origin"]["model_sha256"]) == len(content["origin"]["task_sha256"]) == 64
     assert [draw["split"] for draw in content["random_circuits"]] == ["test"] * 3 + ["shifted"]
     back = AuditTable.from_json(path)
     assert back == table and back.verdict == table.verdict and back.thresholds == table.thresholds
     assert back.controls.equals(table.controls)
+
+
+def test_an_audit_knows_its_circuit_also_when_read_from_its_file(tmp_path):
+    truth, means = hand_built("quote")
+    table = AuditTable.from_json(audit_of("quote", "key").to_json(tmp_path / "audit.json"))
+    own = circuit_of(truth, means, truth.nodes)
+    assert table.is_of(own)
+    assert not table.is_of(circuit_of(truth, means, sorted(truth.nodes)[1:]))
+    assert not table.is_of(replace(own, model_sha256="0" * 64))
 
 
 def test_a_file_that_is_no_audit_is_refused(tmp_path):
