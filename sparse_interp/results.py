@@ -102,7 +102,7 @@ class Table:
         }
         if path.suffix not in writers:
             raise ConfigError(f"A table is saved as {' or '.join(writers)}; got {path.name!r}.")
-        _write_whole(path, writers[path.suffix]())
+        write_whole(path, writers[path.suffix]())
         return path
 
 
@@ -299,7 +299,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write beside `path` and rename, so that a reader never meets half a file and a failure leaves none."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -312,3 +312,16 @@ def _write_whole(path: Path, text: str) -> None:
         raise SparseInterpError(
             f"{path} cannot be written ({error.strerror}); name a file in a folder that you may write to."
         ) from error
+
+
+def save_figure(ax: Axes, path: Path) -> None:
+    """Write the figure that `ax` is part of as a PNG, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        ax.figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(ax.figure)

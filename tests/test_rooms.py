@@ -22,7 +22,7 @@ FLOORS = [
     [{"circuit"}],
     [{"faithfulness"}],
     [{"bridges"}],
-    [{"viewer", "tokens", "figures"}],
+    [{"viewer", "tokens", "figures", "report"}],
     [{"sweeps", "cli"}],
 ]
 """Rooms by floor. Rooms of one floor do not import each other; the modules of one room may."""

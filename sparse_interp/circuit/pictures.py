@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sparse_interp.model.sites import SITES
-from sparse_interp.results import INK, Axes, _write_whole, graph
+from sparse_interp.results import INK, Axes, write_whole, graph
 from sparse_interp.viewer.page import CircuitPage, PageEdge, PageNode, inline_html, render_page
 
 ROW_INCHES, COLUMN_INCHES = 0.27, 0.62
@@ -22,6 +22,10 @@ ROW_INCHES, COLUMN_INCHES = 0.27, 0.62
 
 COLUMN_SHARE = {"q": 0.8, "k": 0.8, "v": 0.8, "token": 1.5}
 """Widths of columns that are not 1."""
+
+KINDS = {"attn_read": "read", "mlp_read": "read", "final_read": "read", "attn_write": "write", "mlp_write": "write",
+         "q": "q, k, v", "k": "q, k, v", "v": "q, k, v", "neuron": "neuron"}  # fmt: skip
+"""What shares a colour."""
 
 COLUMN_TITLES = {"attn_read": "read", "attn_write": "write", "mlp_read": "read", "mlp_write": "write",
                  "final_read": "final\nread"}  # fmt: skip
@@ -69,10 +73,10 @@ class CircuitPictures:
     def to_html(self, path: Path | str, page: CircuitPage | None = None) -> Path:
         """Write the circuit page, one self-contained file.
 
-        Without `page` it shows nodes, wires and importances; `describe.page` makes one with contexts, effects and audit.
+        Without `page` it shows nodes, wires and importances; `describe.page` adds contexts, effects and the audit.
         """
         path = Path(path)
-        _write_whole(path, render_page(self.bare_page() if page is None else page))
+        write_whole(path, render_page(self.bare_page() if page is None else page))
         return path
 
     def bare_page(self) -> CircuitPage:
@@ -178,7 +182,7 @@ def _points(nodes: pd.DataFrame, tokens: pd.DataFrame | None) -> pd.DataFrame:
         head = -1 if pd.isna(row["head"]) else int(row["head"])
         name = str(row["channel"]) if head < 0 else f"h{head}·{row['channel']}"
         column = (int(row["layer"]), rank[site], site)
-        rows[node_id(row)] = (column, row["channel"] if on_rail else None, head, name, site, 22 + 90 * needed)
+        rows[node_id(row)] = (column, row["channel"] if on_rail else None, head, name, KINDS[site], 22 + 90 * needed)
     if tokens is not None:
         last = (1 + max((column[0] for column, *_ in rows.values()), default=0), 0, "token")
         for row in tokens.to_dict("records"):
@@ -233,7 +237,7 @@ def pulled(
 
 
 def spread(wanted: Sequence[float], n_rows: float) -> list[float]:
-    """Heights in the given order, a row apart at least and as near to `wanted` as least squares gets, in [0, n_rows]."""
+    """Heights in [0, n_rows], in the given order and a row apart at least: nearest to `wanted` by least squares."""
     pools: list[list[float]] = []  # of wanted - rank: a pool moves as one
     for rank, height in enumerate(wanted):
         pools.append([height - rank])

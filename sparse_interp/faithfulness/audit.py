@@ -34,7 +34,7 @@ from sparse_interp.faithfulness.controls import has_room, overlap, random_circui
 from sparse_interp.faithfulness.scores import CircuitScores, PromptScores, mean_of, score_circuit, score_control
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.transformer import HookedSparseTransformer
-from sparse_interp.results import Axes, Interval, Table, _write_whole, bars_with_intervals
+from sparse_interp.results import Axes, Interval, Table, write_whole, bars_with_intervals
 from sparse_interp.tasks.task import PairList, Task, TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
 
@@ -78,10 +78,10 @@ class Thresholds:
     accuracy_gap_frac: float = 0.01
     """How far the circuit's accuracy may be from the model's; above it, only if the whole interval is above 0."""
 
-    max_kl_nats: float = 0.1
+    max_kl_nats: float = 0.2
     """Largest mean KL(model || circuit) over the vocabulary at the answer position."""
 
-    min_argmax_agreement_frac: float = 0.9
+    min_argmax_agreement_frac: float = 0.8
     """Least share of prompts on which circuit and model have the same argmax over the vocabulary."""
 
     removed_accuracy_frac: float = 0.6
@@ -287,7 +287,7 @@ class AuditTable(Table):
             "rows": _plain(self.frame),
             "random_circuits": _plain(self.controls),
         }
-        _write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
         return path
 
     @classmethod

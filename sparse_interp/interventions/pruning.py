@@ -79,7 +79,7 @@ class PruneConfig:
     n_selection: int = 256
     """Pairs, apart from those, on which the size is chosen; the test split is never used."""
 
-    max_kl: float = 0.2
+    max_kl: float = 0.15
     """Largest mean KL(model || circuit) of the chosen circuit on the selection pairs, nats."""
 
     max_loss_gap: float = 0.03
