@@ -1,6 +1,6 @@
 # make demo   train nothing, need nothing: a real circuit of the bundled model, with its audit and its page, in out/demo
 # make test   every test
-# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | figures
+# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | figures | tl39
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 EXTRAS := fast,viz,search,test,dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv lint bench figures
+.PHONY: demo test venv lint bench figures tl39
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -39,3 +39,12 @@ bench: venv
 
 figures: venv
 	$(BIN)/sparse-interp figures --out out/figures
+
+# The oldest TransformerLens that is supported, in an environment of its own: the same script as in the tests.
+tl39: .venv39/.installed
+	.venv39/bin/python tests/model/tl_script.py
+
+.venv39/.installed:
+	$(PYTHON) -m venv --clear .venv39
+	.venv39/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformer-lens==3.9.0 numba safetensors
+	@touch $@

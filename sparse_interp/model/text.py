@@ -10,7 +10,7 @@ text of unknown origin, where they are text like any other, use `sparse_interp.t
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -156,11 +156,11 @@ class TextMethods:
         self,
         single_token: str | int | Tensor,
         input: str | Tensor,
-        mode: Literal["first", "last"] = "first",
+        mode: str = "first",
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> int:
-        """Where a token stands in a text or in ids [pos] or [1 pos]; `mode` picks among several places.
+        """Where a token stands in a text or in ids [pos] or [1 pos]; `mode` picks the `first` or `last`.
 
         Raises:
             TokenizerError: if it does not occur.

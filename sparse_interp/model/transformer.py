@@ -11,7 +11,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import lm_cross_entropy_loss
@@ -164,8 +164,8 @@ class HookedSparseTransformer(TextMethods, ModelFiles, TransformerLensSurface):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         start_at_layer: int | None = None,
-        tokens: Tokens | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        tokens: Int[Tensor, "*batch pos"] | None = None,
+        attention_mask: Int[Tensor, "*batch pos"] | Bool[Tensor, "*batch pos"] | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
         """Run the model.

@@ -33,3 +33,4 @@ def tokenizer():
     from sparse_interp.data_files import data_folder
     from sparse_interp.tokenizer import load_tokenizer
 
+    return load_tokenizer(data_folder() / "tokenizers" / "python_2k")

@@ -134,11 +134,11 @@ def test_every_hooked_tensor_has_memory_of_its_own(any_model, tokens):
 
     with torch.no_grad(), any_model.hooks(fwd_hooks=[(lambda name: True, note)]):
         any_model(tokens)
-    assert len(owner) > 40
+    assert len(owner) >= 2 * 17
 
 
 def test_editing_a_tensor_in_place_changes_only_what_comes_after(make_model, tokens):
-    model = make_model()
+    model, tokens = make_model(n_layers=1), tokens[:1]
     switch_all(model)
     with torch.no_grad():
         _, before = model.run_with_cache(tokens)
@@ -151,7 +151,7 @@ def test_editing_a_tensor_in_place_changes_only_what_comes_after(make_model, tok
                 tensor.mul_(2)
 
             cache, hooks, _ = model.get_caching_hooks()
-            model.run_with_hooks(tokens, fwd_hooks=[*hooks[:0], (name, double_in_place), *hooks])
+            model.run_with_hooks(tokens, fwd_hooks=[(name, double_in_place), *hooks])
             for earlier in order[:i]:
                 assert torch.equal(cache[earlier], before[earlier]), f"editing {name} reached back to {earlier}"
 
