@@ -41,7 +41,6 @@ from sparse_interp.viewer.page import (
     CircuitPage,
     PageAudit,
     PageContext,
-    PageEdge,
     PagePrompt,
     PageToken,
     PageWrite,
@@ -59,17 +58,18 @@ Text = Callable[[int], str]
 
 @dataclass(frozen=True, eq=False)
 class ContextTable(Table):
-    """The strongest contexts of every node: `pieces` and `values` are the window, `at` the token it is shown for."""
+    """The strongest contexts of every node: `pieces` and `activations` are the window, and
+    `at_piece` counts to the token that it is shown for."""
 
     columns: ClassVar[tuple[str, ...]] = (
-        "node", "source", "rank", "value", "token", "block", "pos", "pieces", "values", "at")  # fmt: skip
+        "node", "source", "rank", "value", "token", "block", "pos", "pieces", "activations", "at_piece")  # fmt: skip
 
     def page_contexts(self, node: str) -> list[PageContext]:
         """The contexts of one node as a page shows them."""
         rows = self.frame[self.frame.node == node]
         return [
-            PageContext(pieces=row.pieces, values=row.values_, at=row.at_, source=row.source)
-            for row in rows.rename(columns={"values": "values_", "at": "at_"}).itertuples()
+            PageContext(pieces=row.pieces, values=row.activations, at=row.at_piece, source=row.source)
+            for row in rows.itertuples()
         ]
 
 
@@ -465,32 +465,47 @@ def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBat
 
 
 def main_path(circuit: Circuit, wires: pd.DataFrame) -> str:
-    """From a token through nodes to a token: the path whose least needed node is needed most, in words.
+    """From a token through nodes to a token, in words: the path whose least needed node is needed most.
 
-    Empty if no path joins two ends, or nobody measured how much nodes are needed. Attention wires are not followed.
+    Where only attention joins the two ends, the path goes through the q or k that steers it. Empty if no path joins
+    them, or nobody measured how much nodes are needed.
     """
-    needed = dict(zip(map(str, in_order(circuit)), circuit.nodes.importance_nats.astype(float), strict=True))
     if circuit.nodes.importance_nats.isna().all() or wires.empty:
         return ""
-    into: dict[str, list[str]] = {}
-    for edge in pd.concat([circuit.edges[circuit.edges.kind != "attention"], wires]).to_dict("records"):
-        into.setdefault(edge["target"], []).append(edge["source"])
-    ends = {name for names in (wires.source, wires.target) for name in names if name.startswith(("in.", "out."))}
-    best: dict[str, tuple[float, int, str | None]] = {name: (math.inf, 0, None) for name in ends if name[:3] == "in."}
-    for name in [*needed, *sorted(end for end in ends if end[:4] == "out.")]:  # nodes come in forward order
-        widths = [(min(best[s][0], needed.get(name, math.inf)), best[s][1] - 1, s)
-                  for s in into.get(name, []) if s in best]  # fmt: skip
-        if widths:
-            best[name] = max(widths)
-    finished = [(best[name][:2], name) for name in best if name[:4] == "out."]
-    if not finished:
-        return ""
+    carried = circuit.edges[circuit.edges.kind != "attention"]
+    kinds = (carried, circuit.edges)
+    path = next(filter(None, (_widest_path(circuit, pd.concat([edges, wires])) for edges in kinds)), [])
     piece = {end: row["piece"] for row in wires.to_dict("records") for end in (row["source"], row["target"])}
-    steps, name = [], max(finished)[1]
-    while name is not None:
-        steps.append(repr(piece[name]) if name in ends else name)
-        name = best[name][2]
-    return " → ".join(reversed(steps))
+    names = {str(node): _in_words(node, circuit.cfg.d_head) for node in in_order(circuit)}
+    words = [names.get(step) or repr(piece[step]) for step in path]
+    return " → ".join(word for i, word in enumerate(words) if i == 0 or word != words[i - 1])
+
+
+def _widest_path(circuit: Circuit, edges: pd.DataFrame) -> list[str]:
+    """Names from an `in.` token to an `out.` token; among equally wide paths the shorter one."""
+    needed = dict(zip(map(str, in_order(circuit)), circuit.nodes.importance_nats.astype(float), strict=True))
+    into: dict[str, list[str]] = {}
+    for source, target in zip(edges.source, edges.target, strict=True):
+        into.setdefault(target, []).append(source)
+    ends = sorted({*edges.source, *edges.target} - needed.keys())
+    best: dict[str, tuple[float, int, str]] = {name: (math.inf, 0, "") for name in ends if name.startswith("in.")}
+    for name in [*needed, *(end for end in ends if end.startswith("out."))]:  # nodes come in forward order
+        ways = [(min(best[source][0], needed.get(name, math.inf)), best[source][1] - 1, source)
+                for source in into.get(name, []) if source in best]  # fmt: skip
+        if ways:
+            best[name] = max(ways)
+    finished = [(*best[name][:2], name) for name in best if name.startswith("out.")]
+    path = [max(finished)[2]] if finished else []
+    while path and best[path[-1]][2]:
+        path.append(best[path[-1]][2])
+    return path[::-1]
+
+
+def _in_words(node: Node, d_head: int) -> str:
+    """`channel 7` for reads and writes, which makes the two ends of a rail one word."""
+    if node.site in ("q", "k", "v"):
+        return f"L{node.layer} head {node.channel // d_head} {node.site} {node.channel}"
+    return f"L{node.layer} neuron {node.channel}" if node.site == "neuron" else f"channel {node.channel}"
 
 
 def _page_tokens(wires: pd.DataFrame, batch: TaskBatch) -> list[PageToken]:
@@ -543,9 +558,7 @@ def _full_nodes(circuit: Circuit, known: Description) -> list:
         if node.id in reads:
             written = [f"{row.token!r} {row.weight:+.2g}" for row in reads[node.id].itertuples()]
             stats["written by tokens"] = ", ".join(written)
-        nodes.append(
-            replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats)
-        )
+        nodes.append(replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats))
     return nodes
 
 

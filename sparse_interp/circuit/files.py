@@ -1,8 +1,8 @@
 """The circuit file, version 1: what was found, in what, how, and what was measured, as JSON beside safetensors.
 
-    circuit.json          model, task and tokenizer by name and hash; nodes and edges; baseline kind; objective, the full
-                          search configuration and its seed; library and torch versions; every score with the ablation,
-                          metric, split and number of prompts behind it; the search step by step
+    circuit.json          model, task and tokenizer by name and hash; nodes and edges; baseline kind; objective, the
+                          full search configuration and its seed; library and torch versions; every score with the
+                          ablation, metric, split and number of prompts behind it; the search step by step
     circuit.safetensors   `baseline.LAYER.SITE` and, after a search, `tau.LAYER.SITE`: one number per node of the model
 
 The JSON holds a hash of itself and one of the tensors, so a file that was edited, cut short or paired with another's

@@ -34,7 +34,7 @@ from sparse_interp.results import Table
 if TYPE_CHECKING:
     from networkx import DiGraph as DiGraph
 else:
-    DiGraph = ForwardRef("networkx.DiGraph")  # named, not imported: 0.1 s that only those who ask for a graph should pay
+    DiGraph = ForwardRef("networkx.DiGraph")  # named, not imported: 0.1 s that only those who want a graph should pay
 
 NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importance_nats")
 EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
@@ -216,12 +216,13 @@ class Circuit(CircuitFiles, CircuitPictures):
         in_order = [(_order(self.cfg)[Place(*row[:2])], row[2]) for row in _places_of(both_nodes)]
         both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
         names = [str(Node(*row)) for row in _places_of(both_nodes)]
-        both_edges = pd.concat([self.edges, other.edges]).drop_duplicates(["source", "target", "kind"])
+        both_edges = pd.concat([self.edges, other.edges], ignore_index=True)
+        both_edges = both_edges.drop_duplicates(["source", "target", "kind"])
         ends = both_edges.source.isin(wanted) & both_edges.target.isin(wanted)
         return replace(
             self,
             nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
-            edges=both_edges[ends].reset_index(drop=True),
+            edges=_steering_something(both_edges[ends], self.cfg.d_head).reset_index(drop=True),
             scores=self.scores.iloc[:0],
             history=self.history.iloc[:0],
         )
@@ -288,7 +289,21 @@ def _order(cfg: ModelConfig) -> dict[Place, int]:
 
 def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
     """Layer, site and channel of each row."""
-    return [(int(layer), site, int(c)) for layer, site, c in nodes[["layer", "site", "channel"]].itertuples(index=False)]
+    columns = nodes[["layer", "site", "channel"]]
+    return [(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
+
+
+def _steering_something(edges: pd.DataFrame, d_head: int) -> pd.DataFrame:
+    """`edges` without attention wires of heads that carry nothing to the write any more: their v nodes are gone."""
+
+    def head_and_write(rows: pd.DataFrame) -> list[tuple[str, int, str]]:
+        ends = ((source.split("."), target) for source, target in zip(rows.source, rows.target, strict=True))
+        return [(layer, int(channel) // d_head, target) for (layer, _, channel), target in ends]
+
+    carried = set(head_and_write(edges[edges.weight_name == "attn.W_O"]))
+    wires = edges[edges.kind == "attention"]
+    idle = [index for index, end in zip(wires.index, head_and_write(wires), strict=True) if end not in carried]
+    return edges.drop(index=idle)
 
 
 def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:

@@ -192,7 +192,7 @@ def _points(nodes: pd.DataFrame, tokens: pd.DataFrame | None) -> pd.DataFrame:
                 rows[row["target"]] = (last, None, -1, repr(row["piece"])[1:-1], "token", 40)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["column", "rail", "head", "name", "kind", "size"])
     frame["rail"] = frame.rail.astype("Int64")
-    return frame.assign(x=0.0, y=0.0)
+    return frame.astype({"size": float}).assign(x=0.0, y=0.0)
 
 
 def _set_heights(points: pd.DataFrame, wires: pd.DataFrame) -> float:

@@ -1,0 +1,235 @@
+"""What nodes read, write and are active on, against brute force and finite differences."""
+
+import json
+import math
+import re
+
+import pandas as pd
+import pytest
+import torch
+
+from sparse_interp.circuit import describe as module
+from sparse_interp.circuit.describe import describe, direct_effects, embedding_writes, main_path, page, token_wires
+from sparse_interp.circuit.graph import Circuit
+from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.model.sites import Node, Place, flat
+from sparse_interp.viewer.page import PageAudit, page_data, render_page
+
+
+@pytest.fixture
+def text_blocks():
+    return torch.randint(50, (21, 16), generator=torch.Generator().manual_seed(5))
+
+
+def cached(model, node, tokens):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    return flat(cache[Place(node.layer, node.site).hook])[..., node.channel]
+
+
+def test_top_contexts_equal_brute_force(plain_model, some_nodes, zero, text_blocks, monkeypatch):
+    monkeypatch.setattr(module, "N_BEFORE", 4)
+    monkeypatch.setattr(module, "N_AFTER", 2)
+    nodes = some_nodes(plain_model, 0.1)
+    circuit = Circuit.of_nodes(plain_model, nodes, zero(plain_model))
+    table = describe(circuit, plain_model, text_blocks, n_contexts=3).contexts.frame
+    for node in nodes:
+        values = cached(plain_model, node, text_blocks)
+        strongest = values.abs()[:, 1:].max(1)
+        order = strongest.values.argsort(descending=True, stable=True)[:3].tolist()
+        expected = [(row, int(strongest.indices[row]) + 1) for row in order if strongest.values[row] > 0]
+        found = table[table.node == str(node)]
+        assert list(zip(found.block, found.pos, strict=True)) == expected, node
+        for row in found.itertuples():
+            window = slice(max(0, row.pos - 4), row.pos + 3)
+            assert row.pieces == [f"#{token}" for token in text_blocks[row.block, window].tolist()]
+            assert row.activations == pytest.approx(values[row.block, window].tolist())
+            assert (
+                row.value
+                == pytest.approx(float(values[row.block, row.pos]))
+                == pytest.approx(row.activations[row.at_piece])
+            )
+            assert row.token == f"#{int(text_blocks[row.block, row.pos])}"
+
+
+def test_statistics_equal_brute_force(plain_model, some_nodes, zero, text_blocks):
+    nodes = some_nodes(plain_model, 0.1)
+    circuit = Circuit.of_nodes(plain_model, nodes, zero(plain_model))
+    table = describe(circuit, plain_model, text_blocks).statistics.frame.set_index("node")
+    for node in nodes:
+        values, row = cached(plain_model, node, text_blocks), table.loc[str(node)]
+        assert row["mean"] == pytest.approx(float(values.mean()), abs=1e-6)
+        assert row["nonzero_frac"] == pytest.approx(float((values != 0).float().mean()))
+        assert row["at_first_token"] == pytest.approx(float(values[:, 0].mean()), abs=1e-6)
+    assert table.change_at_edit.isna().all(), "nothing is known of a task that was not given"
+
+
+def test_on_the_task_statistics_tell_where_a_node_follows_the_edit(truth, key_circuit, generator):
+    batch = truth.task.batch(20, generator=generator)
+    known = describe(key_circuit, truth.model, truth.blocks(8, generator=generator), batch)
+    rows = known.statistics.frame.set_index("node")
+    assert rows.change_at_edit["L0.mlp_write.7"] == pytest.approx(2) and rows.change_at_last["L0.mlp_write.7"] == 0
+    assert rows.change_at_last["L1.attn_write.8"] == pytest.approx(2, abs=0.05)
+    assert rows.attention_to_edit["L1.v.0"] > 0.9 and math.isnan(rows.attention_to_edit["L1.attn_write.8"])
+    assert set(known.contexts.frame.source) == {"task", "text"}
+    on_task = known.contexts.frame[(known.contexts.frame.node == "L1.v.0") & (known.contexts.frame.source == "task")]
+    assert set(on_task.token) <= {"'", '"'}
+
+
+def test_contexts_never_show_padding(truth, key_circuit, generator):
+    batch = truth.task.batch(20, generator=generator)
+    assert batch.lengths.min() < batch.lengths.max()
+    contexts = describe(key_circuit, truth.model, batch.clean, batch).contexts.frame
+    on_task = contexts[contexts.source == "task"]
+    lengths = torch.cat([batch.lengths, batch.lengths])
+    assert all(row.pos < lengths[row.block] for row in on_task.itertuples())
+    assert "<|endoftext|>" not in {piece for row in on_task.itertuples() for piece in row.pieces[1:]}
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_direct_effects_equal_a_finite_difference_with_everything_else_frozen(make_model, tokens, norm):
+    model = make_model(norm=norm, afrac=None, sink=False, initializer_range=0.1)
+    nodes = [Node(1, site, c) for site, c in (("mlp_write", 3), ("neuron", 7), ("attn_write", 2), ("v", 6))]
+    nodes.append(Node(2, "final_read", 4))
+    tokens, scale = tokens[:, :1], 1.7  # with one token, a head pays all its attention to it
+
+    def logits(node=None):
+        """With later layers' writes held at 0, the norm's scale frozen, and `node` raised by 1."""
+        hooks = []
+        if norm != "none":
+            hooks.append((model.ln_final.hook_scale.name, lambda s, hook: torch.full_like(s, scale)))
+        if node is not None:
+
+            def raised(x, hook):
+                channels = flat(x).clone()
+                channels[..., node.channel] += 1
+                return channels.view_as(x)
+
+            hooks.append((Place(node.layer, node.site).hook, raised))
+        if node is None or node.site in ("attn_write", "v"):
+            hooks.append((Place(1, "mlp_write").hook, lambda x, hook: torch.zeros_like(x)))
+        with torch.no_grad():
+            return model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+    def base(node):
+        if node.site in ("attn_write", "v"):
+            return logits()
+        hooks = []
+        if norm != "none":
+            hooks.append((model.ln_final.hook_scale.name, lambda s, hook: torch.full_like(s, scale)))
+        with torch.no_grad():
+            return model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+    for node, effect in zip(nodes, direct_effects(model, nodes, scale), strict=True):
+        measured = (logits(node) - base(node))[0, 0]
+        assert torch.allclose(measured, effect, atol=1e-4), node
+
+
+def test_reads_queries_and_keys_write_nothing(plain_model):
+    nodes = [Node(0, site, 1) for site in ("attn_read", "q", "k", "mlp_read")]
+    assert not direct_effects(plain_model, nodes).any()
+
+
+def test_the_writers_of_a_read_are_the_embeddings_in_its_channel(make_model):
+    model = make_model(positions="concat", d_pos_emb=3)
+    written = embedding_writes(model, [Node(1, "mlp_read", 5), Node(0, "attn_read", 13), Node(0, "neuron", 5)])
+    assert torch.equal(written[0], model.embed.W_E[:, 5].detach())
+    assert not written[1].any() and not written[2].any(), "positions and neurons have no embedding"
+
+
+def test_a_description_has_at_most_the_tokens_asked_for(plain_model, some_nodes, zero, text_blocks):
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.2), zero(plain_model))
+    known = describe(circuit, plain_model, text_blocks, n_tokens=2)
+    for node, part in known.effects.frame.groupby("node"):
+        assert (part.effect > 0).sum() <= 2 and (part.effect < 0).sum() <= 2, node
+        assert part.effect.abs().is_monotonic_decreasing
+    known.effects.of(known.effects.frame.node[0]).plot()
+
+
+def test_the_model_is_left_without_hooks(truth, key_circuit, generator):
+    describe(key_circuit, truth.model, truth.blocks(4, generator=generator), truth.task.batch(4, generator=generator))
+    assert not any(point._forward_hooks for point in truth.model.hook_dict.values())
+
+
+def test_no_text_and_another_model_are_refused(truth, key_circuit, make_model):
+    with pytest.raises(CircuitError, match="at least one block"):
+        describe(key_circuit, truth.model, torch.zeros(0, 8, dtype=torch.long))
+    with pytest.raises(CircuitError, match="belong"):
+        describe(key_circuit, make_model(), torch.zeros(1, 8, dtype=torch.long))
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_way_from_the_quote_that_opens_to_the_quote_that_closes(truth, key_circuit, generator):
+    batch = truth.task.batch(20, generator=generator)
+    wires = token_wires(truth.model, key_circuit, batch)
+    assert {(row.piece, row.kind) for row in wires.itertuples()} == {
+        (quote, kind) for quote in ("'", '"') for kind in ("embedding", "unembedding")
+    }
+    steps = main_path(key_circuit, wires).split(" → ")
+    assert steps[0] in {repr("'"), repr('"')} and steps[-1] in {repr("'"), repr('"')}
+    assert steps[1:] in (
+        ["channel 1", "L0 neuron 2", "channel 7", "L1 head 0 v 0", "channel 8", steps[-1]],
+        ["channel 2", "L0 neuron 1", "channel 7", "L1 head 0 v 0", "channel 8", steps[-1]],
+    )
+
+
+def test_without_importances_there_is_no_main_path(truth, key_circuit, generator):
+    bare = Circuit.of_nodes(truth.model, truth.nodes, key_circuit.baseline)
+    assert main_path(bare, token_wires(truth.model, bare, truth.task.batch(8, generator=generator))) == ""
+
+
+def test_a_page_has_every_node_edge_and_number(truth, key_circuit, generator, tmp_path):
+    audit = PageAudit(verdict="not run", passed=None)
+    shown = page(key_circuit, truth.model, truth.task, truth.blocks(8, generator=generator), audit, generator=generator)
+    assert [node.id for node in shown.nodes] == [str(node) for node in module.in_order(key_circuit)]
+    assert sum(edge.kind == "weight" for edge in shown.edges) == key_circuit.n_edges
+    assert shown.audit is audit and shown.prompts and shown.summary["nodes"] == str(key_circuit.n_nodes)
+    by_id = {node.id: node for node in shown.nodes}
+    assert by_id["L1.v.0"].stats["attention, end to edit"] > 0.9
+    assert by_id["L1.k.0"].stats["score partner"] == "L1.q.0 (not in the circuit)"
+    assert "+1" in by_id["L0.mlp_read.1"].stats["written by tokens"]
+    assert {write.token for write in by_id["L2.final_read.8"].writes} == {"'", '"'}
+    sides = {(token.piece, token.side): token.role for token in shown.tokens}
+    assert sides["'", "embedding"] == sides["'", "unembedding"] != sides['"', "unembedding"]
+    assert key_circuit.to_html(tmp_path / "circuit.html", shown).read_text().startswith("<!")
+
+
+def test_a_page_without_a_model_shows_nodes_and_edges(key_circuit, tmp_path):
+    data = page_data(key_circuit.bare_page())
+    assert len(data["nodes"]) == key_circuit.n_nodes and len(data["edges"]) == len(key_circuit.edges)
+    assert "circuit" in key_circuit.to_html(tmp_path / "circuit.html").read_text()
+
+
+def test_hostile_tokens_reach_the_page_as_text(make_model, some_nodes):
+    hostile = "</script><img src=x onerror=alert(1)>"
+    model = make_model()
+    blocks = torch.randint(50, (4, 8), generator=torch.Generator().manual_seed(0))
+
+    class Decoder:
+        """Stands in for a tokenizer of which every piece is an attack."""
+
+        def decode(self, ids):
+            return f"{hostile}{ids[0]}"
+
+    circuit = Circuit.of_nodes(model, some_nodes(model, 0.1), mean_activations(model, blocks))
+    model.tokenizer = Decoder()
+    known = describe(circuit, model, blocks)
+    shown = module.replace(circuit.bare_page(), nodes=module._full_nodes(circuit, known))
+    text = render_page(shown)
+    assert "<img" not in text and "onerror=alert(1)>" not in text
+    (data,) = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, flags=re.DOTALL)
+    pieces = json.loads(data)["pieces"]
+    assert pieces and all(piece.startswith(hostile) for piece in pieces)
+    known.contexts.plot()
+    assert "<img" not in known.contexts._repr_html_()
+
+
+def test_tables_hold_what_they_promise(plain_model, some_nodes, zero, text_blocks):
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.05), zero(plain_model))
+    known = describe(circuit, plain_model, text_blocks)
+    for table in (known.statistics, known.contexts, known.effects, known.reads):
+        assert isinstance(table.frame, pd.DataFrame) and set(table.columns) <= set(table.frame.columns)
+        assert str(table)

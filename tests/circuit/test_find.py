@@ -1,0 +1,62 @@
+"""find_circuit on models whose circuits are known."""
+
+import pytest
+import torch
+
+from sparse_interp.circuit.find import find_circuit
+from sparse_interp.errors import CircuitError
+from sparse_interp.faithfulness.ground_truth import ground_truth
+from sparse_interp.interventions.ablation import mean_activations, zero_values
+from sparse_interp.interventions.pruning import PruneConfig
+
+QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
+
+
+def searched(truth, seed=0, config=QUICK):
+    generator = torch.Generator().manual_seed(seed)
+    means = mean_activations(truth.model, truth.blocks(64, generator=generator))
+    return find_circuit(truth.model, truth.task, config, baseline=means, generator=generator, progress=False)
+
+
+@pytest.mark.parametrize("name", ["quote", "mlp_gate", "attention_copy"])
+def test_a_hand_built_circuit_is_recovered_exactly(name):
+    truth = ground_truth(name)
+    circuit = searched(truth)
+    assert circuit.node_set == truth.nodes
+    assert {(row.source, row.target) for row in circuit.edges[circuit.edges.kind == "weight"].itertuples()} == {
+        (str(source), str(target)) for source, target in truth.edges
+    }
+    scores = circuit.scores.set_index("measure").value
+    assert scores["KL(model || circuit)"] < 1e-3
+    assert scores["task loss of circuit"] == pytest.approx(scores["task loss of model"], abs=1e-3)
+
+
+def test_the_same_generator_finds_the_same_circuit(truth):
+    config = PruneConfig(n_train=40, n_selection=40, n_steps=30)
+    first, second = searched(truth, config=config), searched(truth, config=config)
+    assert first.nodes.equals(second.nodes) and first.history.equals(second.history)
+    assert first.seed == 0 and first.prune == config and first.tokenizer_sha256 is not None
+
+
+def test_the_model_is_left_as_it_was(truth):
+    truth.model.train()
+    before = {name: p.clone() for name, p in truth.model.named_parameters()}
+    try:
+        searched(truth, config=PruneConfig(n_train=20, n_selection=20, n_steps=5))
+        assert truth.model.training
+    finally:
+        truth.model.eval()
+    for name, p in truth.model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None and p.requires_grad
+    assert not any(point._forward_hooks for point in truth.model.hook_dict.values())
+
+
+def test_a_rule_that_asks_for_more_than_the_model_does_is_refused(truth):
+    config = PruneConfig(n_train=20, n_selection=20, n_steps=5, objective="task_loss", target_task_loss=1e-9)
+    with pytest.raises(CircuitError, match="no circuit meets the stopping rule, not even all nodes"):
+        searched(truth, config=config)
+
+
+def test_a_baseline_of_another_model_is_refused(truth, make_model, generator):
+    with pytest.raises(CircuitError, match="they belong to another model"):
+        find_circuit(truth.model, truth.task, QUICK, baseline=zero_values(make_model()), generator=generator)

@@ -1,0 +1,236 @@
+"""Circuits as graphs, as hooks and as sets."""
+
+import copy
+
+import networkx
+import pytest
+import torch
+
+from sparse_interp.circuit.graph import Circuit, token_edges
+from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.model.sites import Node, Place, flat
+
+
+def edges_by_brute_force(model, nodes):
+    """Every weight and wire between two of `nodes`, one pair of nodes at a time."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    d_model, d_head = model.cfg.d_model, model.cfg.d_head
+    at = ["attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write", "final_read"]
+    found = {}
+    for a in nodes:
+        for b in nodes:
+            block = model.layers[a.layer] if a.layer < model.cfg.n_layers else None
+            same_layer, pair = a.layer == b.layer, (a.site, b.site)
+            if same_layer and a.site == "attn_read" and b.site in "qkv":
+                name = f"W_{b.site.upper()}" + ("" if a.channel < d_model else "_pos")
+                row = a.channel if a.channel < d_model else a.channel - d_model
+                weight = float(getattr(block.attn, name)[b.channel // d_head, row, b.channel % d_head])
+            elif same_layer and pair == ("v", "attn_write"):
+                weight = float(block.attn.W_O[a.channel // d_head, a.channel % d_head, b.channel])
+            elif same_layer and pair == ("mlp_read", "neuron"):
+                positional = a.channel >= d_model
+                matrix = block.mlp.W_in_pos if positional else block.mlp.W_in
+                weight = float(matrix[a.channel - d_model * positional, b.channel])
+            elif same_layer and pair == ("neuron", "mlp_write"):
+                weight = float(block.mlp.W_out[a.channel, b.channel])
+            else:
+                weight = 0.0
+            if weight:
+                found[str(a), str(b), "weight"] = weight
+            later = (a.layer, at.index(a.site)) < (b.layer, at.index(b.site))
+            if a.site.endswith("_write") and b.site.endswith("_read") and later and a.channel == b.channel:
+                found[str(a), str(b), "residual"] = 1.0
+            if same_layer and a.site in ("q", "k") and b.site == "attn_write":
+                head = a.channel // d_head
+                values = [v for v in nodes if v[:2] == (a.layer, "v") and v.channel // d_head == head]
+                if any(float(block.attn.W_O[head, v.channel % d_head, b.channel]) for v in values):
+                    found[str(a), str(b), "attention"] = 0.0
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "concat", "d_pos_emb": 3}], ids=["added", "concatenated"])
+def test_edges_are_the_non_zero_weights_between_kept_nodes(make_model, some_nodes, zero, changes):
+    model = make_model(**changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= torch.rand(p.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    nodes = some_nodes(model, 0.3)
+    circuit = Circuit.of_nodes(model, nodes, zero(model))
+    rows = circuit.edges[["source", "target", "kind", "weight"]].itertuples(index=False)
+    found = {(source, target, kind): weight for source, target, kind, weight in rows}
+    expected = edges_by_brute_force(model, nodes)
+    assert found == expected
+    assert len(found) == len(circuit.edges), "an edge is listed twice"
+    assert circuit.n_edges == sum(kind == "weight" for _, _, kind in expected)
+    assert circuit.n_nodes == len(nodes) == len(circuit.nodes)
+
+
+def test_token_edges_are_embedding_and_unembedding_entries(plain_model, some_nodes):
+    nodes = some_nodes(plain_model, 0.4)
+    edges = token_edges(plain_model, nodes, [3, 4], [5])
+    reads = [n for n in nodes if n.site.endswith("_read")]
+    finals = [n for n in nodes if n.site == "final_read"]
+    assert len(edges) == 2 * len(reads) + len(finals)
+    plain_model.requires_grad_(False)
+    row = edges[(edges.source == "token.4") & (edges.target == str(reads[0]))].iloc[0]
+    assert row.weight == float(plain_model.embed.W_E[4, reads[0].channel]) and row.kind == "embedding"
+    row = edges[(edges.target == "token.5") & (edges.source == str(finals[0]))].iloc[0]
+    assert row.weight == float(plain_model.unembed.W_U[finals[0].channel, 5]) and row.kind == "unembedding"
+
+
+def test_a_circuit_of_all_nodes_equals_the_model_bit_for_bit(any_model, some_nodes, tokens):
+    circuit = Circuit.of_nodes(any_model, some_nodes(any_model, 1.0), mean_activations(any_model, tokens))
+    with torch.no_grad():
+        expected = any_model(tokens)
+        with circuit.running(any_model):
+            assert torch.equal(any_model(tokens), expected)
+
+
+def test_inside_running_every_node_outside_holds_its_baseline(plain_model, some_nodes, tokens):
+    means = mean_activations(plain_model, tokens)
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.5), means)
+    with torch.no_grad(), circuit.running(plain_model):
+        _, cache = plain_model.run_with_cache(tokens)
+    for place, kept in circuit.kept.items():
+        held = flat(cache[place.hook])[..., ~kept]
+        assert torch.equal(held, means[place][~kept].expand_as(held)), place
+
+
+def test_removed_is_the_other_half(plain_model, some_nodes, tokens):
+    means = mean_activations(plain_model, tokens)
+    nodes = some_nodes(plain_model, 0.5)
+    everything = some_nodes(plain_model, 1.0)
+    circuit = Circuit.of_nodes(plain_model, nodes, means)
+    rest = Circuit.of_nodes(plain_model, set(everything) - set(nodes), means)
+    with torch.no_grad():
+        with circuit.removed(plain_model):
+            without = plain_model(tokens)
+        with rest.running(plain_model):
+            assert torch.equal(plain_model(tokens), without)
+
+
+def test_hooks_run_the_circuit_in_a_plain_transformer_lens_call(plain_model, some_nodes, tokens):
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model), mean_activations(plain_model, tokens))
+    with torch.no_grad():
+        plain = plain_model.run_with_hooks(tokens, fwd_hooks=circuit.hooks(plain_model))
+        with circuit.running(plain_model):
+            assert torch.equal(plain_model(tokens), plain)
+        assert not torch.equal(plain_model(tokens), plain)
+
+
+def test_running_ends_with_its_block_even_when_the_block_raises(plain_model, some_nodes, tokens):
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model), mean_activations(plain_model, tokens))
+    with torch.no_grad():
+        before = plain_model(tokens)
+        with pytest.raises(ZeroDivisionError), circuit.running(plain_model):
+            _ = 1 / 0
+        assert torch.equal(plain_model(tokens), before)
+
+
+def test_running_nests_as_the_circuit_of_the_nodes_in_both(plain_model, some_nodes, tokens):
+    means = mean_activations(plain_model, tokens)
+    a = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.6, seed=0), means)
+    b = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.6, seed=1), means)
+    with torch.no_grad():
+        with (a & b).running(plain_model):
+            expected = plain_model(tokens)
+        with a.running(plain_model), b.running(plain_model):
+            assert torch.equal(plain_model(tokens), expected)
+
+
+def test_circuits_combine_as_sets_of_nodes(plain_model, some_nodes, zero):
+    a_nodes, b_nodes = set(some_nodes(plain_model, 0.4, seed=0)), set(some_nodes(plain_model, 0.4, seed=1))
+    a, b = (Circuit.of_nodes(plain_model, nodes, zero(plain_model)) for nodes in (a_nodes, b_nodes))
+    with pytest.warns(UserWarning, match="transplanted"):
+        union = a | b
+    for combined, nodes in ((a & b, a_nodes & b_nodes), (a - b, a_nodes - b_nodes), (union, a_nodes | b_nodes)):
+        assert combined.node_set == nodes
+        anew = Circuit.of_nodes(plain_model, nodes, zero(plain_model))
+        assert combined.nodes[["layer", "site", "channel"]].equals(anew.nodes[["layer", "site", "channel"]])
+        known = set(combined.edges[["source", "target", "kind"]].itertuples(index=False, name=None))
+        expected = set(anew.edges[["source", "target", "kind"]].itertuples(index=False, name=None))
+        assert known == expected if combined is not union else known < expected
+        assert combined.transplanted(plain_model).edges.equals(anew.edges)
+
+
+def test_a_union_with_a_part_of_itself_knows_all_edges_and_does_not_warn(plain_model, some_nodes, zero):
+    nodes = some_nodes(plain_model, 0.4)
+    whole, part = (Circuit.of_nodes(plain_model, some, zero(plain_model)) for some in (nodes, nodes[::2]))
+    assert (whole | part).n_edges == (part | whole).n_edges == whole.n_edges
+
+
+def test_diff_says_where_each_node_is(plain_model, zero):
+    shared, first, second = Node(0, "neuron", 1), Node(1, "v", 2), Node(0, "q", 3)
+    a = Circuit.of_nodes(plain_model, [shared, first], zero(plain_model))
+    b = Circuit.of_nodes(plain_model, [second, shared], zero(plain_model))
+    assert a.diff(b).frame.values.tolist() == [
+        [0, "q", 3, "second"],
+        [0, "neuron", 1, "both"],
+        [1, "v", 2, "first"],
+    ]
+
+
+def test_circuits_of_two_models_do_not_combine(make_model, some_nodes, zero):
+    one, other = make_model(), make_model(seed=1)
+    a, b = (Circuit.of_nodes(model, some_nodes(model), zero(model)) for model in (one, other))
+    with pytest.raises(CircuitError, match="circuits of different models do not combine"):
+        a & b
+    with pytest.raises(CircuitError, match="Load the model it belongs to"), a.running(other):
+        pass
+
+
+def test_a_node_that_the_model_does_not_have_is_refused(plain_model, zero):
+    with pytest.raises(CircuitError, match="q has channels 0 to 14, not 15"):
+        Circuit.of_nodes(plain_model, [Node(0, "q", 15)], zero(plain_model))
+
+
+def test_sites_that_the_search_left_alone_keep_everything(plain_model, zero):
+    from sparse_interp.interventions.pruning import PruneConfig
+
+    config = PruneConfig(sites=("neuron",), share_qk=False)
+    circuit = Circuit.of_nodes(plain_model, [Node(0, "neuron", 1)], zero(plain_model), prune=config)
+    assert circuit.kept[Place(0, "v")].all() and circuit.kept[Place(0, "neuron")].sum() == 1
+
+
+def test_the_networkx_graph_has_the_same_nodes_and_edges(key_circuit):
+    graph = key_circuit.to_networkx()
+    assert isinstance(graph, networkx.DiGraph)
+    assert set(graph) == {str(node) for node in key_circuit.node_set}
+    assert graph.number_of_edges() == len(key_circuit.edges)
+    row = key_circuit.edges.iloc[0]
+    assert graph.edges[row.source, row.target]["weight"] == row.weight
+
+
+def test_the_figure_has_every_node_once_and_rails_keep_their_height(key_circuit):
+    ax = key_circuit.plot()
+    (points,) = ax.collections
+    assert len(points.get_offsets()) == key_circuit.n_nodes
+    height = dict(zip(key_circuit.nodes.index, points.get_offsets()[:, 1], strict=True))
+    rails = key_circuit.nodes[
+        key_circuit.nodes.site.isin(["mlp_write", "attn_read"]) & (key_circuit.nodes.channel == 7)
+    ]
+    assert len(rails) == 2 and len({round(float(height[i]), 6) for i in rails.index}) == 1
+
+
+def test_a_figure_of_many_nodes_has_room_for_each(plain_model, some_nodes, zero):
+    circuit = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.9), zero(plain_model))
+    ax = circuit.plot()
+    (points,) = ax.collections
+    places = points.get_offsets()
+    distance = torch.cdist(torch.tensor(places), torch.tensor(places)).fill_diagonal_(9)
+    assert distance.min() > 0.6
+    assert ax.figure.get_size_inches()[1] > 5
+
+
+def test_a_figure_can_be_drawn_on_given_axes(key_circuit):
+    from matplotlib import pyplot
+
+    _, ax = pyplot.subplots()
+    assert key_circuit.plot(ax) is ax
+
+
+def test_an_empty_circuit_can_be_drawn_and_shown(plain_model, zero):
+    circuit = Circuit.of_nodes(plain_model, [], zero(plain_model))
+    circuit.plot()
+    assert "iframe" in circuit._repr_html_()
