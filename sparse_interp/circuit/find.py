@@ -26,6 +26,7 @@ from sparse_interp.interventions.pruning import (
 )
 from sparse_interp.model.sites import Node, NodeValues, masks
 from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
 
@@ -44,7 +45,7 @@ def find_circuit(
     task: Task,
     config: PruneConfig | None = None,
     *,
-    baseline: NodeValues,
+    baseline: NodeValues | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> Circuit:
@@ -54,16 +55,19 @@ def find_circuit(
         model: the model, in any mode.
         task: prompts in the model's own tokens.
         config: how to search; None takes the defaults, which ask for agreement with the model.
-        baseline: what nodes outside the circuit are held at, `mean_activations` of text as a rule.
+        baseline: what nodes outside the circuit are held at; None takes the means over text that are kept beside a
+            bundled model, and for any other model `mean_activations(model, blocks)` makes them.
         generator: draws prompts and starting gates.
         progress: whether to show progress bars.
 
     Raises:
         CircuitError: if no circuit meets the stopping rule, or the baseline is another model's.
+        CheckpointError: if no baseline is given and none is kept for these weights.
         TaskError: if the task has too few pairs, or prompts longer than the model's context.
     """
     config = config or PruneConfig()
     task.check_fits(model.cfg.n_ctx)
+    baseline = means_of(model) if baseline is None else baseline
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
     search = learn_gates(model, train, config, baseline, generator=generator, progress=progress)

@@ -34,7 +34,7 @@ from sparse_interp.faithfulness.controls import has_room, overlap, random_circui
 from sparse_interp.faithfulness.scores import CircuitScores, PromptScores, mean_of, score_circuit, score_control
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.transformer import HookedSparseTransformer
-from sparse_interp.results import Axes, Interval, Table, write_whole, bars_with_intervals
+from sparse_interp.results import Axes, Interval, Table, bars_with_intervals, write_whole
 from sparse_interp.tasks.task import PairList, Task, TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
 

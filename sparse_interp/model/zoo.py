@@ -27,6 +27,7 @@ from sparse_interp.model.checkpoint import (
     load_node_values,
     load_validation,
     read_config,
+    weights_sha256,
 )
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer
@@ -82,6 +83,21 @@ def baseline_means(name_or_path: str | Path) -> NodeValues:
         CheckpointError: if none are kept there.
     """
     return load_node_values(model_folder(name_or_path) / MEANS)
+
+
+def means_of(model: HookedSparseTransformer) -> NodeValues:
+    """The means kept beside the bundled model whose weights `model` has.
+
+    Raises:
+        CheckpointError: if no bundled model has its name and its weights.
+    """
+    folder = _bundled().get(model.cfg.model_name)
+    if folder is None or read_config(folder)["weights_sha256"] != weights_sha256(model):
+        raise CheckpointError(
+            f"no means over text are kept for {model.cfg.model_name!r} with these weights; make them with "
+            "mean_activations(model, blocks) and pass them on."
+        )
+    return load_node_values(folder / MEANS)
 
 
 def model_folder(name_or_path: str | Path) -> Path:
