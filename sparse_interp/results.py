@@ -229,7 +229,7 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, by: str | None = None, ax: Axe
 
 
 def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Points joined by lines: blue for positive weights, vermilion for negative ones, wider for larger.
+    """Points joined by lines: blue for positive weights, vermilion for negative ones, wider and fuller for larger.
 
     `nodes` has the columns `x`, `y`, `label` and `kind` (which colours a point), and optionally `size` (area in square
     points), and is indexed by node; `edges` has `source` and `target`, which are such indices, and `weight`, not a
@@ -245,8 +245,9 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -
     for source, target, weight in zip(edges.source, edges.target, edges.weight.astype(float), strict=True):
         ends = nodes.loc[[source, target]]
         colour = FAINT if np.isnan(weight) else BLUE if weight > 0 else VERMILION
-        width = 0.6 if np.isnan(weight) else 0.6 + 2.4 * abs(weight) / largest
-        ax.plot(ends.x.to_numpy(), ends.y.to_numpy(), color=colour, linewidth=width, zorder=1)
+        share = 0.0 if np.isnan(weight) else abs(weight) / largest
+        strength = {"linewidth": 0.6 + 2.4 * share, "alpha": 1.0 if np.isnan(weight) else 0.3 + 0.7 * share}
+        ax.plot(ends.x.to_numpy(), ends.y.to_numpy(), color=colour, zorder=1, **strength)
     kinds = list(dict.fromkeys(nodes.kind))
     colour_of = {str(kind): COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
     colours, sizes = [colour_of[str(k)] for k in nodes.kind], nodes["size"] if "size" in nodes else 60

@@ -29,14 +29,14 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import Tokens
 from sparse_interp.circuit.graph import Circuit, token_edges
-from sparse_interp.circuit.pictures import page_edges, page_nodes
+from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.pruning import both_sides
 from sparse_interp.model.sites import PATTERN_HOOK, Node, Place, flat, places
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Axes, Table, bars_with_intervals
-from sparse_interp.tasks.task import Task, TaskBatch
+from sparse_interp.tasks.task import TaskBatch
 from sparse_interp.viewer.page import (
     CircuitPage,
     PageAudit,
@@ -51,6 +51,9 @@ N_BEFORE, N_AFTER = 16, 6
 
 N_TOKENS_IN, N_TOKENS_OUT = 6, 8
 """Tokens drawn at the two ends of a circuit."""
+
+N_WRITERS = 5
+"""Tokens that the page lists as writers of a read's channel."""
 
 Text = Callable[[int], str]
 """Token id -> its text."""
@@ -402,40 +405,27 @@ def _strongest(
 def page(
     circuit: Circuit,
     model: HookedSparseTransformer,
-    task: Task,
-    blocks: Int[Tensor, "block pos"],
+    batch: TaskBatch,
+    known: Description,
     audit: PageAudit | None = None,
-    *,
-    generator: torch.Generator,
-    n_pairs: int = 64,
-    progress: bool = False,
 ) -> CircuitPage:
     """Everything that the circuit page shows: pass it to `circuit.to_html(path, page)`.
 
     Args:
         circuit: what to show.
         model: the model that it belongs to.
-        task: where prompts and the tokens at both ends are drawn from (its training split).
-        blocks: held-out text for contexts.
+        batch: prompts of the task: examples, and the tokens at both ends, come from them.
+        known: what `describe(circuit, model, blocks, batch)` found out.
         audit: what the circuit is worth; without it the page says that nobody measured.
-        generator: draws the prompts.
-        n_pairs: pairs that contexts and statistics on the task are taken from.
-        progress: whether to show a progress bar.
-
-    Raises:
-        CircuitError: if the circuit belongs to another model.
     """
-    batch = task.batch(n_pairs, split="train", generator=generator)
-    known = describe(circuit, model, blocks, batch, progress=progress)
     wires = token_wires(model, circuit, batch)
-    tokens = _page_tokens(wires, batch)
-    path = main_path(circuit, wires)
+    path = main_path(circuit, wires, edit_is_last=_edit_is_last(batch))
     bare = circuit.bare_page()
     return replace(
         bare,
         nodes=_full_nodes(circuit, known),
         edges=[*bare.edges, *page_edges(wires)],
-        tokens=tokens,
+        tokens=_page_tokens(wires, batch),
         subtitle=f"Widest path: {path}" if path else "",
         n_layers=model.cfg.n_layers,
         summary=_summary(circuit, wires),
@@ -454,6 +444,8 @@ def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBat
     outputs = Counter(sides.answer.tolist())
     chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]
     edges = token_edges(model, in_order(circuit), *chosen)
+    if not _edit_is_last(batch):  # what stands elsewhere in a prompt is not what the final read meets
+        edges = edges[~((edges.kind == "embedding") & edges.target.str.contains("final_read"))]
     text = token_text(model)
     reading = edges.kind == "embedding"
     ids = edges.source.where(reading, edges.target).str.removeprefix("token.")
@@ -464,40 +456,60 @@ def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBat
     )
 
 
-def main_path(circuit: Circuit, wires: pd.DataFrame) -> str:
+def _edit_is_last(batch: TaskBatch) -> bool:
+    """Whether some pair differs in the token at the answer position."""
+    rows = torch.arange(len(batch))
+    return bool((batch.clean[rows, batch.last] != batch.corrupt[rows, batch.last]).any())
+
+
+def main_path(circuit: Circuit, wires: pd.DataFrame, *, edit_is_last: bool = False) -> str:
     """From a token through nodes to a token, in words: the path whose least needed node is needed most.
 
-    Where only attention joins the two ends, the path goes through the q or k that steers it. Empty if no path joins
-    them, or nobody measured how much nodes are needed.
+    Unless the tokens differ at the answer position itself (`edit_is_last`), only attention can bring them there, and a
+    path goes through a v, or, where no v joins the two ends, through the k that steers it. Empty if no path joins them,
+    or nobody measured how much nodes are needed.
     """
     if circuit.nodes.importance_nats.isna().all() or wires.empty:
         return ""
     carried = circuit.edges[circuit.edges.kind != "attention"]
-    kinds = (carried, circuit.edges)
-    path = next(filter(None, (_widest_path(circuit, pd.concat([edges, wires])) for edges in kinds)), [])
+    tried = (_widest_path(circuit, pd.concat([edges, wires]), edit_is_last) for edges in (carried, circuit.edges))
+    path = next(filter(None, tried), [])
     piece = {end: row["piece"] for row in wires.to_dict("records") for end in (row["source"], row["target"])}
     names = {str(node): _in_words(node, circuit.cfg.d_head) for node in in_order(circuit)}
-    words = [names.get(step) or repr(piece[step]) for step in path]
+    words = [names.get(step) or shown(piece[step]) for step in path]
     return " → ".join(word for i, word in enumerate(words) if i == 0 or word != words[i - 1])
 
 
-def _widest_path(circuit: Circuit, edges: pd.DataFrame) -> list[str]:
-    """Names from an `in.` token to an `out.` token; among equally wide paths the shorter one."""
-    needed = dict(zip(map(str, in_order(circuit)), circuit.nodes.importance_nats.astype(float), strict=True))
+def _widest_path(circuit: Circuit, edges: pd.DataFrame, moved: bool) -> list[str]:
+    """Names from an `in.` token to an `out.` token; among equally wide paths the shorter one.
+
+    The state of a search is a name and whether what it carries has reached the answer position; `moved` is that of the
+    first token.
+    """
+    nodes = {str(node): node for node in in_order(circuit)}
+    needed = dict(zip(nodes, circuit.nodes.importance_nats.astype(float), strict=True))
     into: dict[str, list[str]] = {}
     for source, target in zip(edges.source, edges.target, strict=True):
         into.setdefault(target, []).append(source)
     ends = sorted({*edges.source, *edges.target} - needed.keys())
-    best: dict[str, tuple[float, int, str]] = {name: (math.inf, 0, "") for name in ends if name.startswith("in.")}
-    for name in [*needed, *(end for end in ends if end.startswith("out."))]:  # nodes come in forward order
-        ways = [(min(best[source][0], needed.get(name, math.inf)), best[source][1] - 1, source)
-                for source in into.get(name, []) if source in best]  # fmt: skip
-        if ways:
-            best[name] = max(ways)
-    finished = [(*best[name][:2], name) for name in best if name.startswith("out.")]
-    path = [max(finished)[2]] if finished else []
-    while path and best[path[-1]][2]:
-        path.append(best[path[-1]][2])
+    State = tuple[str, bool]
+    best: dict[State, tuple[float, int, State | None]] = {
+        (name, moved): (math.inf, 0, None) for name in ends if name.startswith("in.")
+    }
+    for name in [*nodes, *(end for end in ends if end.startswith("out."))]:  # nodes come in forward order
+        for state in [(source, there) for source in into.get(name, []) for there in (False, True)]:
+            if state not in best:
+                continue
+            here = (name, state[1] or (name in nodes and nodes[name].site in ("k", "v")))
+            way = (min(best[state][0], needed.get(name, math.inf)), best[state][1] - 1, state)
+            if here not in best or way > best[here]:  # pyright: ignore[reportOperatorIssue]
+                best[here] = way
+    finished = [(*best[state][:2], state) for state in best if state[0].startswith("out.") and state[1]]
+    state = max(finished)[2] if finished else None
+    path: list[str] = []
+    while state is not None:
+        path.append(state[0])
+        state = best[state][2]
     return path[::-1]
 
 
@@ -556,8 +568,8 @@ def _full_nodes(circuit: Circuit, known: Description) -> list:
             other = f"L{node.layer}.{'k' if node.site == 'q' else 'q'}.{node.channel}"
             stats["score partner"] = other if other in partners else f"{other} (not in the circuit)"
         if node.id in reads:
-            written = [f"{row.token!r} {row.weight:+.2g}" for row in reads[node.id].itertuples()]
-            stats["written by tokens"] = ", ".join(written)
+            written = [f"{shown(row.token)} {row.weight:+.2g}" for row in reads[node.id].head(N_WRITERS).itertuples()]
+            stats["written by tokens"] = " · ".join(written)
         nodes.append(replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats))
     return nodes
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from sparse_interp.model.sites import SITES
-from sparse_interp.results import INK, Axes, write_whole, graph
+from sparse_interp.results import INK, Axes, graph, write_whole
 from sparse_interp.viewer.page import CircuitPage, PageEdge, PageNode, inline_html, render_page
 
-ROW_INCHES, COLUMN_INCHES = 0.27, 0.62
+ROW_INCHES, COLUMN_INCHES = 0.27, 0.8
 """Room for one node with its name above it, and for one column."""
 
 COLUMN_SHARE = {"q": 0.8, "k": 0.8, "v": 0.8, "token": 1.5}
@@ -29,6 +29,9 @@ KINDS = {"attn_read": "read", "mlp_read": "read", "final_read": "read", "attn_wr
 
 COLUMN_TITLES = {"attn_read": "read", "attn_write": "write", "mlp_read": "read", "mlp_write": "write",
                  "final_read": "final\nread"}  # fmt: skip
+
+N_ATTENTION_WIRES = 60
+"""Beyond so many, a figure leaves the wires of q and k out and says so."""
 
 N_ROUNDS = 12
 """Rounds in which rails and the nodes between them move towards what they are joined to."""
@@ -51,8 +54,11 @@ class CircuitPictures:
         """
         placed, height, width = layout(self.nodes, self.edges, tokens)
         parts = [self.edges] if tokens is None or tokens.empty else [self.edges, tokens]
-        wires = pd.concat(parts)[["source", "target", "kind", "weight"]]
-        wires["weight"] = wires.weight.where(~wires.kind.isin(["residual", "attention"]))
+        wires = pd.concat(parts, ignore_index=True)[["source", "target", "kind", "weight"]]
+        attention = wires.kind == "attention"
+        left_out = f", {attention.sum()} attention wires not drawn" if attention.sum() > N_ATTENTION_WIRES else ""
+        wires = wires[~attention] if left_out else wires
+        wires = wires.assign(weight=wires.weight.where(~wires.kind.isin(["residual", "attention"])))
         wires = wires.sort_values("weight", key=np.abs, na_position="first", kind="stable")
         own_figure = ax is None
         ax = graph(placed.points, wires, ax=ax)
@@ -61,12 +67,12 @@ class CircuitPictures:
         for layer, left, right in placed.layers:
             ax.plot([left, right], [-2.9, -2.9], color=INK, linewidth=0.8)
             ax.text((left + right) / 2, -3.1, f"layer {layer}", ha="center", va="bottom", fontsize=9, color=INK)
-        ax.set(xlim=(-0.6, width + 0.2), ylim=(height + 0.6, -4.4))  # rows count downwards
+        ax.set(xlim=(-0.2, width + 0.2), ylim=(height + 0.6, -4.4))  # rows count downwards
         if ax.get_legend() is not None:
             ax.get_legend().remove()  # the columns say it
         if own_figure:
             ax.figure.set_size_inches(max(7.0, COLUMN_INCHES * (width + 1)), max(4.0, ROW_INCHES * (height + 5)))
-            title = f"{self.task_name or 'circuit'} in {self.model_name}: {len(self.nodes)} nodes"
+            title = f"{self.task_name or 'circuit'} in {self.model_name}: {len(self.nodes)} nodes{left_out}"
             ax.set_title(title, color=INK, fontsize=10)
         return ax
 
@@ -132,6 +138,11 @@ def node_id(row: Mapping) -> str:
     return f"L{row['layer']}.{row['site']}.{row['channel']}"
 
 
+def shown(piece: str) -> str:
+    """A token's text with nothing invisible in it: spaces as ␣, line breaks and the like escaped."""
+    return "".join("␣" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
+
+
 # -- where things stand -----------------------------------------------------------------------------------------------
 
 
@@ -187,9 +198,9 @@ def _points(nodes: pd.DataFrame, tokens: pd.DataFrame | None) -> pd.DataFrame:
         last = (1 + max((column[0] for column, *_ in rows.values()), default=0), 0, "token")
         for row in tokens.to_dict("records"):
             if row["kind"] == "embedding":
-                rows[row["source"]] = ((-1, 0, "token"), None, -1, repr(row["piece"])[1:-1], "token", 40)
+                rows[row["source"]] = ((-1, 0, "token"), None, -1, shown(row["piece"]), "token", 40)
             else:
-                rows[row["target"]] = (last, None, -1, repr(row["piece"])[1:-1], "token", 40)
+                rows[row["target"]] = (last, None, -1, shown(row["piece"]), "token", 40)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["column", "rail", "head", "name", "kind", "size"])
     frame["rail"] = frame.rail.astype("Int64")
     return frame.astype({"size": float}).assign(x=0.0, y=0.0)

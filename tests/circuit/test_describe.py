@@ -169,11 +169,28 @@ def test_the_page_shows_the_way_from_the_quote_that_opens_to_the_quote_that_clos
         (quote, kind) for quote in ("'", '"') for kind in ("embedding", "unembedding")
     }
     steps = main_path(key_circuit, wires).split(" → ")
-    assert steps[0] in {repr("'"), repr('"')} and steps[-1] in {repr("'"), repr('"')}
+    assert steps[0] in {"'", '"'} and steps[-1] in {"'", '"'}
     assert steps[1:] in (
         ["channel 1", "L0 neuron 2", "channel 7", "L1 head 0 v 0", "channel 8", steps[-1]],
         ["channel 2", "L0 neuron 1", "channel 7", "L1 head 0 v 0", "channel 8", steps[-1]],
     )
+
+
+def test_an_edit_reaches_the_answer_only_through_attention(truth, key_circuit, generator):
+    batch = truth.task.batch(8, generator=generator)
+    wires = token_wires(truth.model, key_circuit, batch)
+    assert not any(row.kind == "embedding" and "final_read" in row.target for row in wires.itertuples())
+    shortcut = wires.iloc[:1].assign(target="L2.final_read.8")
+    assert " v 0 → " in main_path(key_circuit, pd.concat([wires, shortcut]))
+    assert " v 0 → " not in main_path(key_circuit, pd.concat([wires, shortcut]), edit_is_last=True)
+
+
+def test_where_only_a_key_joins_the_ends_the_path_goes_through_the_key(truth, key_circuit, generator):
+    wires = token_wires(truth.model, key_circuit, truth.task.batch(8, generator=generator))
+    without_v = module.replace(
+        key_circuit, edges=key_circuit.edges[~key_circuit.edges.target.str.contains(".v.", regex=False)]
+    )
+    assert " → L1 head 0 k 0 → channel 8 → " in main_path(without_v, wires)
 
 
 def test_without_importances_there_is_no_main_path(truth, key_circuit, generator):
@@ -183,14 +200,16 @@ def test_without_importances_there_is_no_main_path(truth, key_circuit, generator
 
 def test_a_page_has_every_node_edge_and_number(truth, key_circuit, generator, tmp_path):
     audit = PageAudit(verdict="not run", passed=None)
-    shown = page(key_circuit, truth.model, truth.task, truth.blocks(8, generator=generator), audit, generator=generator)
+    batch = truth.task.batch(20, generator=generator)
+    known = describe(key_circuit, truth.model, truth.blocks(8, generator=generator), batch)
+    shown = page(key_circuit, truth.model, batch, known, audit)
     assert [node.id for node in shown.nodes] == [str(node) for node in module.in_order(key_circuit)]
     assert sum(edge.kind == "weight" for edge in shown.edges) == key_circuit.n_edges
     assert shown.audit is audit and shown.prompts and shown.summary["nodes"] == str(key_circuit.n_nodes)
     by_id = {node.id: node for node in shown.nodes}
     assert by_id["L1.v.0"].stats["attention, end to edit"] > 0.9
     assert by_id["L1.k.0"].stats["score partner"] == "L1.q.0 (not in the circuit)"
-    assert "+1" in by_id["L0.mlp_read.1"].stats["written by tokens"]
+    assert by_id["L0.mlp_read.1"].stats["written by tokens"] == "' +1"
     assert {write.token for write in by_id["L2.final_read.8"].writes} == {"'", '"'}
     sides = {(token.piece, token.side): token.role for token in shown.tokens}
     assert sides["'", "embedding"] == sides["'", "unembedding"] != sides['"', "unembedding"]
