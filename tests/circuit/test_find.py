@@ -8,6 +8,7 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import mean_activations, zero_values
 from sparse_interp.interventions.pruning import PruneConfig
+from sparse_interp.tokenizer import tokenizer_hash
 
 QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
 
@@ -31,21 +32,14 @@ def test_a_hand_built_circuit_is_recovered_exactly(name):
     assert scores["task loss of circuit"] == pytest.approx(scores["task loss of model"], abs=1e-3)
 
 
-def test_the_same_generator_finds_the_same_circuit(truth):
-    config = PruneConfig(n_train=40, n_selection=40, n_steps=30)
-    first, second = searched(truth, config=config), searched(truth, config=config)
-    assert first.nodes.equals(second.nodes) and first.history.equals(second.history)
-    assert first.seed == 0 and first.prune == config and first.tokenizer_sha256 is not None
-
-
-def test_the_model_is_left_as_it_was(truth):
+def test_the_same_generator_finds_the_same_circuit_and_leaves_the_model_as_it_was():
+    truth = ground_truth("attention_copy")
     truth.model.train()
     before = {name: p.clone() for name, p in truth.model.named_parameters()}
-    try:
-        searched(truth, config=PruneConfig(n_train=20, n_selection=20, n_steps=5))
-        assert truth.model.training
-    finally:
-        truth.model.eval()
+    first, second = searched(truth), searched(truth)
+    assert first.nodes.equals(second.nodes) and first.history.equals(second.history)
+    assert first.seed == 0 and first.prune == QUICK and first.tokenizer_sha256 == tokenizer_hash(truth.task.tokenizer)
+    assert truth.model.training
     for name, p in truth.model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None and p.requires_grad
     assert not any(point._forward_hooks for point in truth.model.hook_dict.values())
