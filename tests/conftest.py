@@ -76,6 +76,12 @@ def any_model(request, make_model):
     return make_model(**VARIANTS[request.param])
 
 
+@pytest.fixture(params=[name for name in VARIANTS if not name.startswith("residual")], ids=str)
+def any_additive_model(request, make_model):
+    """Every kind of model whose stream is the sum of what was written to it."""
+    return make_model(**VARIANTS[request.param])
+
+
 @pytest.fixture
 def plain_model(make_model):
     """The plain model: AbsTopK at the eight sites, sink, biases, bigram table, RMSNorm, added positions."""

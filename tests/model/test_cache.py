@@ -9,16 +9,9 @@ from sparse_interp.model.cache import SparseActivationCache
 NOT_A_SUM = ({"residual_act": "relu"}, {"afrac_sites": ("resid_mid",)}, {"afrac_sites": ("v", "resid_post")})
 
 
-def is_a_sum(model) -> bool:
-    cut = model.cfg.afrac is not None and {"resid_mid", "resid_post"} & set(model.cfg.afrac_sites)
-    return model.cfg.residual_act == "identity" and not cut
-
-
 @pytest.fixture
-def cache(any_model, tokens):
-    if not is_a_sum(any_model):
-        pytest.skip("the stream is no sum")
-    return any_model.run_with_cache(tokens)[1]
+def cache(any_additive_model, tokens):
+    return any_additive_model.run_with_cache(tokens)[1]
 
 
 def close(a, b):
