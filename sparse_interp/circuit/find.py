@@ -152,12 +152,18 @@ def _knock_outs(
 ) -> list[float]:
     """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
     everything = {node for unit in units for node in unit}
-    whole = selection.kl(kept_by(everything, model, config), KNOCK_OUT_EVERY)
-    costs = []
-    for unit in tqdm(units, disable=not progress, desc=title, unit="node"):
-        without = selection.kl(kept_by(everything - set(unit), model, config), KNOCK_OUT_EVERY)
-        costs.append((without - whole).mean().item())
-    return costs
+    by_layer: dict[int, list[int]] = {}
+    for i, unit in enumerate(units):
+        by_layer.setdefault(unit[0].layer, []).append(i)
+    without = {
+        layer: [kept_by(everything - set(units[i]), model, config) for i in members]
+        for layer, members in by_layer.items()
+    }
+    costs = selection.knock_outs(kept_by(everything, model, config), without, KNOCK_OUT_EVERY)
+    bar = tqdm(costs, total=len(units), disable=not progress, desc=title, unit="node")
+    order = [i for layer in sorted(by_layer) for i in by_layer[layer]]
+    found = dict(zip(order, bar, strict=True))
+    return [found[i] for i in range(len(units))]
 
 
 def _scores(

@@ -78,7 +78,7 @@ class Thresholds:
     accuracy_gap_frac: float = 0.01
     """How far the circuit's accuracy may be from the model's; above it, only if the whole interval is above 0."""
 
-    max_kl_nats: float = 0.2
+    max_kl_nats: float = 0.25
     """Largest mean KL(model || circuit) over the vocabulary at the answer position."""
 
     min_argmax_agreement_frac: float = 0.8
