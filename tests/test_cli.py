@@ -96,7 +96,7 @@ def test_options_change_the_recipe_and_need_not_be_repeated_on_resume(command, s
         (["train", "stdlib-smal"], "no recipe is called 'stdlib-smal'; the nearest are stdlib-small"),
         (["train", "quick", "--density", "0"], "density=0.0 is not a share of weights"),
         (["train", "quick", "--tokens", "5"], "n_tokens=5 is less than one step"),
-        (["train", "quick", "--tokens", "many"], "is not a valid int"),
+        (["train", "quick", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["train", "quick", "--device", "abacus"], "choose cpu or cuda"),
         (["train", "quick", "--text", "nowhere"], "is not a folder that can be read"),
         (["train", "quick", "--resume"], "holds no run to resume"),
@@ -107,6 +107,7 @@ def test_bad_input_is_refused_in_one_message_with_exit_code_2(command, tmp_path,
     monkeypatch.chdir(tmp_path)
     code, out, err = command(*arguments, *(["--out", "run"] if arguments[0] == "train" else []))
     assert code == 2 and out == "" and words in " ".join(err.split()) and "Traceback" not in err
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_refused_density_or_recipe_makes_no_folder(command, tmp_path):

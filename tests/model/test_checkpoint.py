@@ -226,7 +226,7 @@ def test_other_weights_of_the_right_shapes_are_not_those_that_were_saved(folder)
             "has format version 2, and this library reads version 1",
         ),
         (lambda c: c.pop("weights_sha256"), CheckpointError, "lacks weights_sha256"),
-        (lambda c: c["model"].update(density=0), ConfigError, "density=0"),
+        (lambda c: c["model"].update(density=0.0), ConfigError, "density=0.0"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused(folder, change, error, words):
