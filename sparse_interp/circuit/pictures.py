@@ -62,12 +62,16 @@ class CircuitPictures:
         wires = wires.sort_values("weight", key=np.abs, na_position="first", kind="stable")
         own_figure = ax is None
         ax = graph(placed.points, wires, ax=ax)
+        for point in placed.points[placed.points.kind == "token"].itertuples():  # named on the side that has no wires
+            side, align = (-0.15, "right") if point.column[0] < 0 else (0.15, "left")
+            name = point.name.replace("$", r"\$")
+            ax.text(point.x + side, point.y, name, ha=align, va="center", fontsize=8, color=INK)
         for column in placed.columns:
             ax.text(column.x, -1.1, column.title, ha="center", va="bottom", fontsize=7, color=INK)
         for layer, left, right in placed.layers:
             ax.plot([left, right], [-2.9, -2.9], color=INK, linewidth=0.8)
             ax.text((left + right) / 2, -3.1, f"layer {layer}", ha="center", va="bottom", fontsize=9, color=INK)
-        ax.set(xlim=(-0.2, width + 0.2), ylim=(height + 0.6, -4.4))  # rows count downwards
+        ax.set(xlim=(-0.5, width + 0.5), ylim=(height + 0.6, -4.4))  # rows count downwards
         if ax.get_legend() is not None:
             ax.get_legend().remove()  # the columns say it
         if own_figure:
@@ -178,7 +182,7 @@ def layout(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: pd.DataFrame | None
             layers[key[0]] = (left, x + width / 2 - 0.1)
         x += width / 2
     n_rows = _set_heights(points, wires)
-    points["label"] = points["name"]
+    points["label"] = points["name"].where(points["kind"] != "token", "")
     return Placed(points, columns, [(layer, *span) for layer, span in layers.items()]), n_rows, x
 
 

@@ -6,6 +6,7 @@ import networkx
 import pytest
 import torch
 
+from sparse_interp.circuit.describe import token_wires
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import mean_activations
@@ -228,6 +229,13 @@ def test_a_figure_can_be_drawn_on_given_axes(key_circuit):
 
     _, ax = pyplot.subplots()
     assert key_circuit.plot(ax) is ax
+
+
+def test_token_text_in_a_figure_is_text_and_no_formula(truth, key_circuit, generator, tmp_path):
+    wires = token_wires(truth.model, key_circuit, truth.task.batch(8, generator=generator))
+    ax = key_circuit.plot(tokens=wires.assign(piece=["$x^{", "\n ", "</script>", "a$b\\"]))
+    assert {r"\$x^{", "\\n␣", "</script>", r"a\$b" + "\\"} <= {text.get_text() for text in ax.texts}
+    ax.figure.savefig(tmp_path / "figure.png")
 
 
 def test_an_empty_circuit_can_be_drawn_and_shown(plain_model, zero):
