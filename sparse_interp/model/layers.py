@@ -155,7 +155,7 @@ class Attention(nn.Module):
             full = torch.promote_types(q.dtype, torch.float32)  # the CPU's fused backward is slow in bf16
             fused = (t.to(full).transpose(1, 2) for t in (q, k, v))
             sink = None if self.sink is None else self.sink.to(full)
-            return sink_attention(*fused, sink).transpose(1, 2).contiguous().to(v.dtype)
+            return sink_attention(*fused, sink).transpose(1, 2).contiguous().to(self.W_O.dtype)
         pattern = self.pattern(q, k, mask)
         return torch.einsum("bhqk,bkhd->bqhd", pattern, v.to(pattern.dtype)).contiguous()
 
