@@ -5,8 +5,9 @@
 Naive: float32, AbsTopK through torch.topk, the sink as one more column of every attention matrix, a log-softmax over
 a dense [batch * pos, d_vocab] with the bigram table's rows added, AdamW unfused, projection by sorting. It is built
 from the references that stand beside each fast kernel, so it computes the same function: the losses of the first step
-are compared; the bigram table is frozen in both. Shipped: what `sparse-interp train` runs (bf16 autocast, fast kernels). Steps of the two take turns;
-figures are medians. Times mean most with OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0.
+are compared; the bigram table is frozen in both. Shipped: what `sparse-interp train` runs (bf16 autocast, fast
+kernels). Steps of the two take turns; figures are medians. Times mean most with OMP_WAIT_POLICY=passive
+GOMP_SPINCOUNT=0.
 """
 
 import argparse
