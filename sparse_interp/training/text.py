@@ -37,7 +37,7 @@ from sparse_interp.training.recipes import RunConfig
 
 MANIFEST, TRAIN, VALIDATION = "manifest.json", "train.npy", "valid.npy"
 N_VALIDATION_BLOCKS = 400
-"""Held-out blocks that the loss is measured on; the rest of the held-out text stays unread."""
+"""Held-out blocks that the loss is measured on, taken at even distances so that every held-out file has its share."""
 
 BIGRAM_SMOOTHING = 0.15
 """Pseudo-count of every pair, where the bigram table is counted on the user's own text."""
@@ -138,7 +138,7 @@ def _cached(
     n_ctx = run.model.n_ctx
     return TrainingText(
         stream=train,
-        validation=blocks(held_out, n_ctx, bos)[:N_VALIDATION_BLOCKS],
+        validation=_spread(blocks(held_out, n_ctx, bos)),
         bos=bos,
         bigram_table=_table(name if source["kind"] == "python sources" else None, train, run, bos),
         source={key: value for key, value in manifest.items() if key != "files"},
@@ -171,6 +171,11 @@ def _encode(
         _write(cache / file, stream)
     _write(cache / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def _spread(held_out: Int[Tensor, "block pos"]) -> Int[Tensor, "chosen pos"]:
+    chosen = min(N_VALIDATION_BLOCKS, len(held_out))
+    return held_out[torch.arange(chosen) * len(held_out) // chosen]
 
 
 def _counted(documents: list[Document], progress: bool) -> Iterable[Document]:

@@ -94,6 +94,14 @@ def test_a_cache_of_another_source_or_with_changed_files_is_refused(source_files
         read(source_files, python_2k, tmp_path / "cache")
 
 
+def test_held_out_blocks_are_taken_from_the_whole_of_the_held_out_text(source_files, python_2k, tmp_path, monkeypatch):
+    every = read(source_files, python_2k, tmp_path / "cache").validation
+    monkeypatch.setattr(text, "N_VALIDATION_BLOCKS", 3)
+    n = len(every)
+    chosen = read(source_files, python_2k, tmp_path / "cache").validation
+    assert n > 3 and torch.equal(chosen, every[[0, n // 3, 2 * n // 3]])
+
+
 def test_too_few_files_and_a_place_that_cannot_be_written_are_refused(source_files, python_2k, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.py").write_text("print('the only file that is here')\n")
