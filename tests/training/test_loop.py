@@ -43,7 +43,7 @@ def steps_in(out: Path) -> list[int]:
 
 
 def test_a_small_model_on_repeated_text_gets_below_its_bigram_table(small_run, small_text, tmp_path):
-    run = small_run(n_tokens=150 * 4 * 16, validate_every=150, checkpoint_every=150, precision="fp32")
+    run = small_run(n_tokens=100 * 4 * 16, validate_every=100, checkpoint_every=100, precision="fp32")
     table = bigram_table(bigram_counts(small_text.stream[None], 48), 0.5)
     *_, last = train(run, replace(small_text, bigram_table=table), tmp_path / "run", progress=False)
     assert last.validation_loss < bigram_loss(table, small_text.validation) - 0.1
@@ -103,10 +103,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sparse_interp import cli
+from sparse_interp.model.checkpoint import bundled_tokenizer
 from sparse_interp.model.kernels import abs_topk, keep_largest_mask
 from sparse_interp.training import recipes
 
-abs_topk(torch.randn(2, 8), 3), keep_largest_mask(torch.randn(8, 8), 20, 1)  # compiled before anyone forks
+# compiled and imported before anyone forks
+abs_topk(torch.randn(2, 8), 3), abs_topk(torch.randn(2, 8).bfloat16(), 3), keep_largest_mask(torch.randn(8, 8), 20, 1)
+bundled_tokenizer("python_2k")
 tiny = recipes.tiny()
 shrunk = replace(tiny, name="shrunk", batch_size=4, n_tokens=4 * 32 * 40, validate_every=9, checkpoint_every=4)
 shrunk = replace(shrunk, model=recipes.replace_model(shrunk.model, n_layers=1, n_ctx=32))
