@@ -36,9 +36,11 @@ from sparse_interp.training.loop import train as train
 from sparse_interp.tasks.task import Task as Task
 from sparse_interp.tasks.task import TaskBatch as TaskBatch
 from sparse_interp.tasks.task import logit_difference as logit_difference
-from sparse_interp.tasks.python_code import load_task as task
+from sparse_interp.tasks.python_code import load_task as task  # noqa: F401 - public under the shorter name
 from sparse_interp.interventions.ablation import ablate as ablate
 from sparse_interp.interventions.ablation import mean_activations as mean_activations
 from sparse_interp.interventions.pruning import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
+from sparse_interp.faithfulness.audit import AuditTable as AuditTable
+from sparse_interp.faithfulness.audit import audit as audit

@@ -11,6 +11,8 @@ import ctypes
 import json
 import signal
 import sys
+import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -23,20 +25,39 @@ import torch
 import typer
 from typer import Argument, Option
 
-from sparse_interp.errors import CheckpointError, SparseInterpError
+from sparse_interp.circuit.describe import Description, describe, page, token_wires
+from sparse_interp.circuit.find import find_circuit
+from sparse_interp.circuit.graph import Circuit
+from sparse_interp.errors import CheckpointError, CircuitError, SparseInterpError, TokenizerError
+from sparse_interp.faithfulness.audit import AuditTable
+from sparse_interp.faithfulness.audit import audit as audit_circuit
+from sparse_interp.figures import audit_figure, search_figure
+from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import bundled_tokenizer, weights_sha256
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.report import report
+from sparse_interp.results import Table, save_figure
+from sparse_interp.tasks.python_code import load_task
+from sparse_interp.tasks.task import Task
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, stored_run
 from sparse_interp.training.loop import train as train_model
 from sparse_interp.training.recipes import RunConfig, replace_model
 from sparse_interp.training.text import TrainingText, folder_text, python_text, source_of
+from sparse_interp.viewer.page import PageAudit, PageAuditRow
 
 DONE, FAILED, REFUSED = 0, 1, 2
 TEXT = "text"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
+CIRCUIT = "circuit.json"
+
+CONTEXT_BLOCKS = 100
+"""Blocks of held-out text that the contexts on a page are chosen from."""
+
+Threads = Annotated[int | None, Option(min=1, help="CPU threads; the same number gives the same bits.")]
 AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
@@ -84,7 +105,7 @@ def train(
     tokens: Annotated[int | None, Option(help="Tokens to train on, instead of the recipe's number.")] = None,
     density: Annotated[float | None, Option(help="Share of weights that stay non-zero, in (0, 1].")] = None,
     seed: Annotated[int | None, Option(help="Seed of the initial weights and of the order of the text.")] = None,
-    threads: Annotated[int | None, Option(min=1, help="CPU threads; the same number gives the same bits.")] = None,
+    threads: Threads = None,
     device: Annotated[str, Option(help="Where to train: cpu or cuda.")] = "cpu",
     text: Annotated[Path | None, Option(help="Train on the UTF-8 files below this folder, up to 1 MB each.")] = None,
     pattern: Annotated[str, Option(help="With --text: which files, by name.")] = "*",
@@ -100,10 +121,12 @@ def train(
         torch.set_num_threads(threads)
     run = _requested_run(recipe, out, resume, tokens, density, seed)
     _use_device(run, device)
-    claim_folder(out, run, resume=resume)
     if run.model.tokenizer_name is None:
         raise CheckpointError(f"the recipe {run.name!r} names no tokenizer, and text cannot be read without one.")
     tokenizer = bundled_tokenizer(run.model.tokenizer_name)
+    if text is not None and not text.is_dir():
+        raise CheckpointError(f"--text {text} is not a folder that can be read; name one that holds text files.")
+    claim_folder(out, run, resume=resume)
     reading = _reading(out, text, pattern, tokenizer, run)
     command = _command_line(recipe, out, run, text, pattern)
     record, stopped = None, False
@@ -187,6 +210,192 @@ def _command_line(recipe: str, out: Path, run: RunConfig, text: Path | None, pat
     line += f" --seed {given.seed}" * (given.seed != own.seed)
     line += f" --threads {torch.get_num_threads()}"
     return line if text is None else f"{line} --text {text.name} --pattern '{pattern}'"
+
+
+@app.command()
+def find(
+    model: Annotated[str, Argument(help="A bundled model's name, or a model's folder.")],
+    task: Annotated[str, Argument(help="A task's name.")],
+    out: Annotated[Path, Option(help="Folder for the circuit: circuit.json, its tensors, nodes.csv, edges.csv.")],
+    objective: Annotated[str, Option(help="agreement with the model, or the paper's task_loss.")] = "agreement",
+    steps: Annotated[int, Option(help="Optimizer steps on gates.")] = PruneConfig.n_steps,
+    price: Annotated[float, Option(help="Price of one open gate, nats.")] = PruneConfig.k_coef,
+    max_kl: Annotated[
+        float, Option(help="Largest KL(model || circuit) on the selection pairs, nats.")
+    ] = PruneConfig.max_kl,
+    seed: Annotated[int, Option(help="Seed of the search.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the smallest circuit of MODEL for TASK that the search can find; audit it next."""
+    config = PruneConfig(objective=objective, n_steps=steps, max_kl=max_kl)
+    network, prompts = _model_and_task(model, task, threads)
+    _claim(out)
+    circuit = _found(network, prompts, model, config, seed)
+    circuit.save(out / CIRCUIT)
+    circuit.save_tables(out)
+    result = {"circuit": str(out / CIRCUIT), "n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}
+    result |= {row.measure: row.value for row in circuit.scores.itertuples()}
+    print(json.dumps(result, indent=1) if as_json else f"{circuit}\n{circuit.scores.to_string(index=False)}")
+
+
+@app.command()
+def audit(
+    circuit: Annotated[Path, Argument(help="A circuit file, as `find` writes it.")],
+    model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
+    seed: Annotated[int, Option(help="Seed of prompts, random circuits and intervals.")] = 1,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure CIRCUIT beside its model and random circuits; writes audit.csv and audit.json beside it."""
+    found, network, prompts, _ = _with_its_model(circuit, model, threads)
+    table = audit_circuit(network, found, prompts, generator=torch.Generator().manual_seed(seed))
+    table.save(circuit.parent / "audit.csv")
+    table.to_json(circuit.parent / "audit.json")
+    print((circuit.parent / "audit.json").read_text(encoding="utf-8") if as_json else f"{table}\n{table.verdict}")
+
+
+@app.command()
+def show(
+    circuit: Annotated[Path, Argument(help="A circuit file; an audit.json beside it is shown too.")],
+    model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
+    seed: Annotated[int, Option(help="Seed of the prompts that contexts are taken from.")] = 2,
+    threads: Threads = None,
+) -> None:
+    """Draw CIRCUIT: writes circuit.html, one self-contained page, and circuit.png beside it."""
+    found, network, prompts, name = _with_its_model(circuit, model, threads)
+    judged = circuit.parent / "audit.json"
+    table = AuditTable.from_json(judged) if judged.exists() else None
+    if table is not None and not table.is_of(found):
+        print(f"{judged} is the audit of another circuit and is left out; audit this one.", file=sys.stderr)
+        table = None
+    _draw(found, network, prompts, name, table, circuit.parent, seed)
+    print(circuit.parent / "circuit.html")
+
+
+@app.command("demo")
+def demo_run(
+    out: Annotated[Path, Option(help="Folder for everything that the demo leaves.")] = Path("out/demo"),
+    model: Annotated[str, Option(help="The model to look into.")] = "stdlib-small",
+    task: Annotated[str, Option(help="The behaviour to look for.")] = "single_double_quote",
+    seed: Annotated[int, Option(help="Seed of the search; the audit takes the next one.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Find a real circuit of a real model, audit it, draw it, and say in words what was found.
+
+    Leaves circuit.json and its tensors, nodes.csv, edges.csv, audit.csv, audit.json, circuit.html, circuit.png and
+    report.md in the folder; what an earlier demo left there is replaced.
+    """
+    began = time.monotonic()
+    network, prompts = _model_and_task(model, task, threads)
+    _claim(out)
+    circuit = _found(network, prompts, model, PruneConfig(), seed)
+    table = audit_circuit(network, circuit, prompts, generator=torch.Generator().manual_seed(seed + 1))
+    with _replacing(out) as folder:
+        circuit.save(folder / CIRCUIT)
+        circuit.save_tables(folder)
+        table.save(folder / "audit.csv")
+        table.to_json(folder / "audit.json")
+        known = _draw(circuit, network, prompts, model, table, folder, seed + 2)
+        commands = [
+            f"sparse-interp find {model} {task} --out {out} --seed {seed}",
+            f"sparse-interp audit {out / CIRCUIT} --seed {seed + 1}",
+            f"sparse-interp show {out / CIRCUIT} --seed {seed + 2}",
+        ]
+        drawn = torch.Generator().manual_seed(seed + 3)
+        text = report(network, circuit, table, prompts, known, commands=commands, generator=drawn)
+        (folder / "report.md").write_text(text, encoding="utf-8")
+    print(f"{circuit}\n{table.verdict}\n{out / 'report.md'}\n{out / 'circuit.html'}")
+    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
+
+
+@app.command()
+def figures(
+    demo: Annotated[Path, Option(help="Folder that `sparse-interp demo` left; what it lacks is made first.")] = Path(
+        "out/demo"
+    ),
+    out: Annotated[Path, Option(help="Folder for the figures and the tables that they show.")] = Path("out/figures"),
+    threads: Threads = None,
+) -> None:
+    """Draw the published figures from the tables of a demo: the audit's, and the search's."""
+    if not (demo / "audit.json").exists():
+        demo_run(out=demo, threads=threads)
+    _claim(out)
+    table, circuit = AuditTable.from_json(demo / "audit.json"), Circuit.load(demo / CIRCUIT)
+    for name, (frame, ax) in {"audit": audit_figure(table), "search": search_figure(circuit)}.items():
+        Table(frame).save(out / f"{name}.csv")
+        save_figure(ax, out / f"{name}.png")
+        print(out / f"{name}.png")
+
+
+def _model_and_task(model: str, task: str, threads: int | None) -> tuple[HookedSparseTransformer, Task]:
+    """Both, or an error before any work."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    network = zoo.load(model)
+    if network.tokenizer is None:
+        raise TokenizerError(f"{model} has no tokenizer, and prompts cannot be written without one.")
+    return network, load_task(task, network.tokenizer)
+
+
+def _with_its_model(
+    path: Path, model: str | None, threads: int | None
+) -> tuple[Circuit, HookedSparseTransformer, Task, str]:
+    """A circuit from its file, with the model and the task that the file names."""
+    circuit = Circuit.load(path)
+    if circuit.task_name is None:
+        raise CircuitError(f"{path} names no task, so there are no prompts to run it on.")
+    name = model or circuit.model_name
+    network, prompts = _model_and_task(name, circuit.task_name, threads)
+    circuit.check_origin(network, prompts)
+    return circuit, network, prompts, name
+
+
+def _found(network: HookedSparseTransformer, prompts: Task, model: str, config: PruneConfig, seed: int) -> Circuit:
+    generator = torch.Generator().manual_seed(seed)
+    return find_circuit(network, prompts, config, baseline=zoo.baseline_means(model), generator=generator)
+
+
+def _draw(
+    circuit: Circuit,
+    network: HookedSparseTransformer,
+    prompts: Task,
+    model: str,
+    table: AuditTable | None,
+    folder: Path,
+    seed: int,
+) -> Description:
+    """circuit.html and circuit.png in `folder`."""
+    blocks = zoo.validation_blocks(model)[:CONTEXT_BLOCKS]
+    judged = None
+    if table is not None:
+        rows = [PageAuditRow(**row) for row in table.page_rows()]
+        judged = PageAudit(verdict=table.verdict, passed=table.passed, rows=rows)
+    generator = torch.Generator().manual_seed(seed)
+    batch = prompts.batch(64, split="train", generator=generator)
+    known = describe(circuit, network, blocks, batch, progress=True)
+    circuit.to_html(folder / "circuit.html", page(circuit, network, batch, known, judged))
+    save_figure(circuit.plot(tokens=token_wires(network, circuit, batch)), folder / "circuit.png")
+    return known
+
+
+def _claim(out: Path) -> None:
+    """Refuse a folder that cannot be written, before any long work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise CircuitError(f"cannot write to {out}: {error.strerror}; choose another folder with --out.") from error
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`; if all goes well its files take their places in `out` at the end."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        yield Path(name)
+        for file in sorted(Path(name).iterdir()):
+            file.replace(out / file.name)
 
 
 def keep_freed_memory() -> None:

@@ -250,7 +250,7 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -
         ax.plot(ends.x.to_numpy(), ends.y.to_numpy(), color=colour, zorder=1, **strength)
     kinds = list(dict.fromkeys(nodes.kind))
     colour_of = {str(kind): COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    colours, sizes = [colour_of[str(k)] for k in nodes.kind], nodes["size"] if "size" in nodes else 60
+    colours, sizes = [colour_of[str(k)] for k in nodes.kind], nodes.get("size", 60)
     ax.scatter(nodes.x, nodes.y, c=colours, s=sizes, zorder=2, edgecolors=INK, linewidths=0.5)
     for x, y, label in zip(nodes.x, nodes.y, nodes.label, strict=True):
         text = str(label).replace("$", r"\$")  # a label is text, never a formula

@@ -24,7 +24,7 @@ from sparse_interp.interventions.pruning import (
     smallest_prefix,
     split_pairs,
 )
-from sparse_interp.model.sites import Node, NodeValues, masks
+from sparse_interp.model.sites import Node, NodeValues, Place, masks
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
@@ -151,19 +151,26 @@ def _knock_outs(
     title: str,
 ) -> list[float]:
     """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
-    everything = {node for unit in units for node in unit}
+    kept = kept_by([node for unit in units for node in unit], model, config)
     by_layer: dict[int, list[int]] = {}
     for i, unit in enumerate(units):
         by_layer.setdefault(unit[0].layer, []).append(i)
-    without = {
-        layer: [kept_by(everything - set(units[i]), model, config) for i in members]
-        for layer, members in by_layer.items()
-    }
-    costs = selection.knock_outs(kept_by(everything, model, config), without, KNOCK_OUT_EVERY)
+    without = {layer: [_less(kept, units[i]) for i in members] for layer, members in by_layer.items()}
+    costs = selection.knock_outs(kept, without, KNOCK_OUT_EVERY)
     bar = tqdm(costs, total=len(units), disable=not progress, desc=title, unit="node")
     order = [i for layer in sorted(by_layer) for i in by_layer[layer]]
     found = dict(zip(order, bar, strict=True))
     return [found[i] for i in range(len(units))]
+
+
+def _less(kept: Masks, unit: Iterable[Node]) -> Masks:
+    """`kept` without the nodes of `unit`."""
+    fewer = dict(kept)
+    for node in unit:
+        place = Place(node.layer, node.site)
+        fewer[place] = fewer[place].clone()
+        fewer[place][node.channel] = False
+    return fewer
 
 
 def _scores(

@@ -14,6 +14,7 @@ every pair. Gates are then ranked, and the smallest prefix is kept that agrees w
 their training (method and pitfalls: Drori 2026).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
 
 AnswerLogits = Float[Tensor, "batch d_vocab"]
 OBJECTIVES = ("agreement", "task_loss")
+TAU_RANGE = (-1.0, 1.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,11 @@ class PruneConfig:
     objective: str = "agreement"
     """`agreement` (KL to the full model at the answer position) or `task_loss` (the paper's, which may cheat)."""
 
-    k_coef: float = 1.5e-3
-    """Price of one open gate, nats."""
+    k_coef: float = 1e-3
+    """Price of one open gate at the start, nats; from there it follows the fit."""
+
+    price_rate: float = 0.015
+    """How fast the price follows: its largest relative change per step; 0 keeps it fixed."""
 
     n_steps: int = 500
     """Optimizer steps on gates."""
@@ -58,13 +63,13 @@ class PruneConfig:
     temperature: float = 1.0
     """T of the gate's surrogate gradient."""
 
-    tau_init: float = 2.0
+    tau_init: float = 1.5
     """Where gates start; positive is open."""
 
     noise: float = 1.0
     """Scale of the logistic noise on tau at the start; 0 searches with the paper's deterministic gates."""
 
-    noise_until_frac: float = 0.7
+    noise_until_frac: float = 0.4
     """Share of the search after which gates are deterministic; until then the noise falls linearly."""
 
     sites: tuple[str, ...] = tuple(SITES)
@@ -79,7 +84,7 @@ class PruneConfig:
     n_selection: int = 256
     """Pairs, apart from those, on which the size is chosen; the test split is never used."""
 
-    max_kl: float = 0.2
+    max_kl: float = 0.25
     """Largest mean KL(model || circuit) of the chosen circuit on the selection pairs, nats."""
 
     max_loss_gap: float = 0.03
@@ -178,7 +183,7 @@ class GateSearch:
     """Final gate parameters; nodes without a gate have +inf."""
 
     history: pd.DataFrame
-    """One row per step: `step`, `objective_nats`, `open_gates`."""
+    """One row per step: `step`, `objective_nats`, `open_gates`, `price_nats`."""
 
 
 class _Gates:
@@ -271,7 +276,7 @@ def learn_gates(
     gates = _Gates(model, config, generator)
     taus = list(gates.tau.values())
     optimizer = torch.optim.AdamW(taus, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    history = []
+    history, price = [], _Price(config)
     with evaluating(model), _frozen(model):
         reference = all_answer_logits(model, batch)
         steps = tqdm(range(config.n_steps), disable=not progress, desc="gates", unit="step")
@@ -283,25 +288,46 @@ def learn_gates(
             for tau, grad in zip(taus, grads, strict=True):
                 tau.grad = torch.zeros_like(tau) if grad is None else grad
             gates.note_gain(step)
-            _add_price(taus, config)
+            price.follow(fit.item())
+            _add_price(taus, price.now, config.temperature)
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 - step / config.n_steps)
+                group["lr"] = config.lr * min(1.0, 2 * (1 - step / config.n_steps))
             optimizer.step()
+            with torch.no_grad():
+                for tau in taus:
+                    tau.clamp_(*TAU_RANGE)  # a gate that went further could not come back in time
             n_open = sum(int((tau >= 0).sum()) for tau in taus)
-            history.append((step + 1, fit.item(), n_open))
+            history.append((step + 1, fit.item(), n_open, price.now))
             if step % 10 == 0:
                 steps.set_postfix_str(f"{config.objective} {fit.item():.3f}, open {n_open}")
-    frame = pd.DataFrame(history, columns=["step", "objective_nats", "open_gates"])
+    frame = pd.DataFrame(history, columns=["step", "objective_nats", "open_gates", "price_nats"])
     return GateSearch(gates.ranking(), gates.values(), frame)
 
 
+class _Price:
+    """What an open gate costs: it rises while the objective is better than its bound and falls while it is worse.
+
+    So gates settle at the size that meets the bound, and the ranking is decided where it is going to be cut.
+    """
+
+    def __init__(self, config: PruneConfig):
+        self.now, self.rate = config.k_coef, config.price_rate
+        self.bound = config.target_task_loss if config.objective == "task_loss" else config.max_kl
+        self.fit: float | None = None
+
+    def follow(self, fit: float) -> None:
+        """Take note of one batch's objective, nats."""
+        self.fit = fit if self.fit is None else 0.8 * self.fit + 0.2 * fit
+        self.now *= math.exp(self.rate * max(-1.0, min(1.0, (self.bound - self.fit) / (0.5 * self.bound))))
+
+
 @torch.no_grad()
-def _add_price(taus: list[Tensor], config: PruneConfig) -> None:
-    """The gradient of k_coef * sum(gate): written out, so that `gain` holds the objective's share alone."""
+def _add_price(taus: list[Tensor], price: float, temperature: float) -> None:
+    """The gradient of price * sum(gate): written out, so that `gain` holds the objective's share alone."""
     for tau in taus:
-        soft = torch.sigmoid(tau / config.temperature)
+        soft = torch.sigmoid(tau / temperature)
         assert tau.grad is not None
-        tau.grad += config.k_coef * soft * (1 - soft) / config.temperature
+        tau.grad += price * soft * (1 - soft) / temperature
 
 
 def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.Generator) -> Iterator[Tensor]:

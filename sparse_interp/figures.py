@@ -1,0 +1,24 @@
+"""One function per published figure: the tidy table that it shows, and the axes that it is drawn on."""
+
+import pandas as pd
+
+from sparse_interp.circuit.graph import Circuit
+from sparse_interp.faithfulness.audit import AuditTable
+from sparse_interp.results import Axes, lines
+
+
+def audit_figure(audit: AuditTable) -> tuple[pd.DataFrame, Axes]:
+    """Accuracy of the model, its circuit, the model without it, and random circuits of its size, on both splits."""
+    return audit.frame, audit.plot()
+
+
+def search_figure(circuit: Circuit) -> tuple[pd.DataFrame, Axes]:
+    """The objective and the share of open gates, step by step of the search."""
+    history = circuit.history
+    series = {
+        "objective, nats": history.objective_nats.rolling(20, min_periods=1).mean(),
+        "open gates, share": history.open_gates / history.open_gates.max(),
+    }
+    parts = [pd.DataFrame({"step": history.step, "value": values, "series": name}) for name, values in series.items()]
+    frame = pd.concat(parts, ignore_index=True)
+    return frame, lines(frame, x="step", y="value", by="series")
