@@ -1,6 +1,7 @@
 """The Python tasks: small decisions that every reader of Python code makes, as paired prompts.
 
-    single_double_quote    a string opened with ' or " is closed with the same quote
+    single_double_quote    a string opened with ' or " is closed with the same quote. In train and test no string came
+                           before it; in shifted closed ones did, of either kind (one form there is only longer)
 
 Each is a file of templates, `data/tasks/<name>.json` (the form is explained in `tasks/task.py`). Names and wording
 of the tasks follow Gao et al. 2025 (arXiv:2511.13653), table 1; the prompts are our own: identifiers, dictionary

@@ -120,25 +120,34 @@ def test_the_answer_is_the_token_that_a_whole_program_has_there(shipped_quotes):
 
 @pytest.mark.parametrize("split", ["train", "test", "shifted"])
 def test_both_quotes_and_every_template_come_equally_often(quotes, split):
-    batch = quotes.batch(600, split, generator=seeded())
+    numbers = [i for i, form in enumerate(quotes.source.templates) if split in form.splits]
+    batch = quotes.batch(60 * len(numbers), split, generator=seeded())
     double = sum('"' in quotes.tokenizer.decode([token]) for token in batch.answer.tolist())
-    assert 240 < double < 360
-    n_per_template = torch.unique(batch.template, return_counts=True)[1]
-    n_templates = sum(split in form.splits for form in quotes.source.templates)
-    assert len(n_per_template) == n_templates
-    assert n_per_template.max() < 2 * n_per_template.min()
+    assert 0.4 * len(batch) < double < 0.6 * len(batch)
+    found, n_per_template = torch.unique(batch.template, return_counts=True)
+    assert found.tolist() == numbers
+    assert n_per_template.min() > 30 and n_per_template.max() < 90, "60 each; four standard deviations are 30"
 
 
-@pytest.mark.parametrize("split", ["train", "test", "shifted"])
-def test_distractor_strings_of_either_kind_stand_closed_before_the_open_one(quotes, split):
-    earlier = {True: 0, False: 0}
-    for pair in quotes.pairs(200, split, generator=seeded()):
-        quote = pair.answer[0]
-        opened_at = next(at for at, (a, b) in enumerate(zip(pair.clean, pair.corrupt, strict=True)) if a != b)
-        for mark in QUOTES:
-            assert pair.clean[:opened_at].count(mark) % 2 == 0
-            earlier[mark == quote] += mark in pair.clean[:opened_at]
-    assert min(earlier.values()) > 40
+def marks_before(pair) -> str:
+    """The quotes of a pair that stand before the string which it leaves open, which are those of closed strings."""
+    opened_at = next(at for at, (a, b) in enumerate(zip(pair.clean, pair.corrupt, strict=True)) if a != b)
+    before = "".join(mark for mark in pair.clean[:opened_at] if mark in QUOTES)
+    assert before[::2] == before[1::2], "each is closed with what opened it"
+    return before
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_no_string_came_before_the_open_one_in_train_and_test(quotes, split):
+    assert not any(marks_before(pair) for pair in quotes.pairs(200, split, generator=seeded()))
+
+
+def test_closed_strings_of_either_kind_came_before_the_open_one_in_shifted(quotes):
+    pairs = [(pair, marks_before(pair)) for pair in quotes.pairs(200, "shifted", generator=seeded())]
+    assert sum(pair.answer[0] in before for pair, before in pairs) > 80, "the quote of the open string"
+    assert sum(pair.foil[0] in before for pair, before in pairs) > 80, "the other quote"
+    without = {pair.template for pair, before in pairs if not before}
+    assert len(without) == 1, "one form is only longer than those of train"
 
 
 @pytest.mark.parametrize("split", ["train", "test", "shifted"])
