@@ -43,7 +43,7 @@ from sparse_interp.axes import PerPrompt, Tokens
 from sparse_interp.errors import TaskError
 
 SPLITS = ("train", "test", "shifted")
-"""`test` shares the form of `train` and no word with it; `shifted` has other, mostly longer templates and other words."""
+"""`test` shares the form of `train` and no word with it; `shifted` other words in other, mostly longer templates."""
 
 Option = TypeVar("Option")
 AnswerLogits = Float[Tensor, "batch d_vocab"]
