@@ -1,4 +1,4 @@
-"""What tests share: a seeded generator, and no state that outlives a test."""
+"""What tests share: a seeded generator, one thread, and no state that outlives a test."""
 
 import os
 import sys
@@ -13,6 +13,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures are drawn into memory, wha
 def generator() -> torch.Generator:
     """The only source of randomness that a test has."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tensors here are tiny: a second thread only waits, and on a busy machine others wait for it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from sparse_interp import cli
 from sparse_interp.errors import ConfigError, SparseInterpError
@@ -31,17 +30,12 @@ def sources(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A recipe of ten steps, called `quick`, on one thread: its tensors are tiny."""
+    """A recipe of ten steps, called `quick`."""
     tiny = recipes.recipe("tiny")
     model = recipes.replace_model(tiny.model, n_layers=1, n_ctx=16, density=1.0)
     run = replace(tiny, name="quick", model=model, batch_size=2, n_tokens=320, checkpoint_every=4, validate_every=10)
     monkeypatch.setitem(recipes.RECIPES, "quick", lambda: run)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    yield run
-    monkeypatch.undo()
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
