@@ -219,7 +219,7 @@ def find(
     out: Annotated[Path, Option(help="Folder for the circuit: circuit.json, its tensors, nodes.csv, edges.csv.")],
     objective: Annotated[str, Option(help="agreement with the model, or the paper's task_loss.")] = "agreement",
     steps: Annotated[int, Option(help="Optimizer steps on gates.")] = PruneConfig.n_steps,
-    price: Annotated[float, Option(help="Price of one open gate, nats.")] = PruneConfig.k_coef,
+    price: Annotated[float, Option(help="Price of one open gate at the start, nats.")] = PruneConfig.k_coef,
     max_kl: Annotated[
         float, Option(help="Largest KL(model || circuit) on the selection pairs, nats.")
     ] = PruneConfig.max_kl,
@@ -228,7 +228,7 @@ def find(
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest circuit of MODEL for TASK that the search can find; audit it next."""
-    config = PruneConfig(objective=objective, n_steps=steps, max_kl=max_kl)
+    config = PruneConfig(objective=objective, n_steps=steps, k_coef=price, max_kl=max_kl)
     network, prompts = _model_and_task(model, task, threads)
     _claim(out)
     circuit = _found(network, prompts, model, config, seed)
@@ -335,7 +335,9 @@ def _model_and_task(model: str, task: str, threads: int | None) -> tuple[HookedS
     network = zoo.load(model)
     if network.tokenizer is None:
         raise TokenizerError(f"{model} has no tokenizer, and prompts cannot be written without one.")
-    return network, load_task(task, network.tokenizer)
+    prompts = load_task(task, network.tokenizer)
+    prompts.check_fits(network.cfg.n_ctx)
+    return network, prompts
 
 
 def _with_its_model(

@@ -2,17 +2,29 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sparse_interp import cli
+from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError, SparseInterpError
+from sparse_interp.interventions.ablation import zero_values
 from sparse_interp.model import zoo
-from sparse_interp.model.checkpoint import weights_sha256
+from sparse_interp.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, bundled_tokenizer, weights_sha256
+from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.sites import Node
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.tasks.python_code import load_task
+from sparse_interp.tokenizer import tokenizer_hash
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import CHECKPOINT, MODEL, Trainer
 
@@ -179,3 +191,184 @@ def test_the_module_runs_as_a_program(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("sparse-interp: no recipe is called")
+
+
+# -- find, audit, show and demo: what they refuse, before any work and with nothing left behind ------------------------
+
+TASK = "single_double_quote"
+SHAPE = {"d_model": 8, "n_heads": 1, "d_head": 8, "n_layers": 1, "d_mlp": 8, "d_vocab": 2048, "bigram": False}
+
+
+def saved(folder: Path, n_ctx: int) -> Path:
+    model = HookedSparseTransformer(ModelConfig(**SHAPE, n_ctx=n_ctx, seed=0), bundled_tokenizer("python_2k"))
+    return model.save(folder, means=zero_values(model), validation=torch.zeros(2, n_ctx, dtype=torch.int64))
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory) -> Path:
+    """A model of one layer that nobody trained, with its tokenizer and means."""
+    return saved(tmp_path_factory.mktemp("whole") / "model", n_ctx=128)
+
+
+@pytest.fixture
+def model_folder(whole_model, tmp_path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(whole_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def circuit_file(whole_model, tmp_path) -> Path:
+    """A circuit of two nodes of that model."""
+    model = zoo.load(whole_model)
+    assert model.tokenizer is not None
+    task = load_task(TASK, model.tokenizer)
+    circuit = Circuit.of_nodes(
+        model,
+        [Node(0, "mlp_read", 1), Node(0, "neuron", 2)],
+        zero_values(model),
+        task_name=TASK,
+        task_sha256=task.templates_sha256,
+        tokenizer_sha256=tokenizer_hash(model.tokenizer),
+    )
+    (tmp_path / "found").mkdir()
+    return circuit.save(tmp_path / "found" / "circuit.json")
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def with_a_nan(folder: Path) -> None:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    tensors["blocks.0.mlp.W_in"][0, 0] = torch.nan
+    save_file(tensors, folder / WEIGHTS, metadata)
+
+
+def with_an_unknown_key(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["model"]["d_modle"] = 8
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def with_another_tokenizer(folder: Path) -> None:
+    path = folder / TOKENIZER / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    vocab = spec["model"]["vocab"]
+    vocab["!"], vocab["?"] = vocab["?"], vocab["!"]
+    path.write_text(json.dumps(spec))
+
+
+def without_a_tokenizer(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["tokenizer"] = None
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+DAMAGES = {
+    cut_short: "weights.safetensors is damaged",
+    with_a_nan: "1 of the 64 entries of blocks.0.mlp.W_in are NaN or infinite",
+    with_an_unknown_key: "unknown field 'd_modle' in a model config. Did you mean 'd_model'?",
+    with_another_tokenizer: "is not the one that the model was saved with",
+    without_a_tokenizer: "has no tokenizer, and prompts cannot be written without one",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_model_is_refused_by_every_command_that_loads_one(
+    command, model_folder, circuit_file, tmp_path, damage
+):
+    damage(model_folder)
+    for line in (
+        ["find", model_folder, TASK, "--out", tmp_path / "run"],
+        ["demo", "--model", model_folder, "--out", tmp_path / "run"],
+        ["audit", circuit_file, "--model", model_folder],
+        ["show", circuit_file, "--model", model_folder],
+    ):
+        code, out, err = command(*line)
+        assert (code, out) == (2, "") and DAMAGES[damage] in err, err
+        assert err.count("\n") == 1 and err.startswith("sparse-interp: ")
+    assert not (tmp_path / "run").exists()
+    assert {path.suffix for path in circuit_file.parent.iterdir()} == {".json", ".safetensors"}
+
+
+def test_unknown_models_and_tasks_are_refused_with_the_nearest_names(command, model_folder, tmp_path):
+    out = tmp_path / "run"
+    bundled = zoo.models().frame["name"][0]
+    for line in (["find", bundled[:-1], TASK, "--out", out], ["demo", "--model", bundled[:-1], "--out", out]):
+        code, said, err = command(*line)
+        assert (code, said) == (2, "") and f"no model is called {bundled[:-1]!r}; the nearest are {bundled}" in err
+    for line in (
+        ["find", model_folder, "single_quote", "--out", out],
+        ["demo", "--model", model_folder, "--task", "single_quote", "--out", out],
+    ):
+        code, said, err = command(*line)
+        assert (code, said) == (2, "") and f"'single_quote'; did you mean '{TASK}'?" in err
+    assert not out.exists()
+
+
+def test_prompts_longer_than_the_context_are_refused_before_anything_is_made(command, tmp_path):
+    short = saved(tmp_path / "short", n_ctx=16)
+    for line in (["find", short, TASK], ["demo", "--model", short]):
+        code, said, err = command(*line, "--out", tmp_path / "run")
+        assert (code, said) == (2, "") and "tokens, and the context holds 16; expected no more than that" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_search(command, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_circuit", lambda *_, **__: pytest.fail("searched"))
+    (tmp_path / "file").write_text("as it was")
+    for line in (["find", model_folder, TASK], ["demo", "--model", model_folder]):
+        code, said, err = command(*line, "--out", tmp_path / "file" / "run")
+        assert (code, said) == (2, "") and f"cannot write to {tmp_path / 'file' / 'run'}: " in err and "--out" in err
+    assert (tmp_path / "file").read_text() == "as it was"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "model"}
+
+
+def test_a_circuit_that_is_missing_damaged_or_of_another_model_is_refused(command, circuit_file, tmp_path):
+    other = HookedSparseTransformer(ModelConfig(**SHAPE, n_ctx=128, seed=1), bundled_tokenizer("python_2k"))
+    other.save(tmp_path / "other")
+    text = circuit_file.read_text()
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    shutil.copy(circuit_file.with_suffix(".safetensors"), tmp_path / "cut.safetensors")
+    for verb in ("audit", "show"):
+        for line, words in (
+            ([tmp_path / "nowhere.json"], "nowhere.json"),
+            ([tmp_path / "cut.json"], "cut.json"),
+            ([circuit_file, "--model", tmp_path / "other"], "this circuit was found in"),
+            ([circuit_file, "--model", "nothing"], "no model is called 'nothing'"),
+        ):
+            code, said, err = command(verb, *line)
+            assert (code, said) == (2, "") and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--objective", "loss"], "objective='loss'; choose 'agreement' or 'task_loss'"),
+        (["--steps", 0], "n_steps=0, and a search needs at least 1"),
+        (["--max-kl", 0], "max_kl=0.0; it must be above 0"),
+        (["--threads", 0], "Invalid value for '--threads'"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(command, model_folder, tmp_path, options, words):
+    code, out, err = command("find", model_folder, TASK, "--out", tmp_path / "run", *options)
+    assert (code, out) == (2, "") and words in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_options_of_a_search_reach_it(command, model_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def searched(*given, **_):
+        asked.append(given[2])
+        raise ConfigError("that is enough.")
+
+    monkeypatch.setattr(cli, "find_circuit", searched)
+    options = ["--objective", "task_loss", "--steps", 7, "--price", 0.5, "--max-kl", 0.75]
+    code, _, err = command("find", model_folder, TASK, "--out", tmp_path / "run", *options)
+    assert (code, err) == (2, "sparse-interp: that is enough.\n")
+    (config,) = asked
+    assert (config.objective, config.n_steps, config.k_coef, config.max_kl) == ("task_loss", 7, 0.5, 0.75)
