@@ -1,6 +1,7 @@
 """The documents are true: README's code runs, its map names what is there, and no page knows whose machine it is on."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_the_commands_of_the_readme_are_targets_of_the_makefile():
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """As it stands, but for a search that is soon content and an audit of few prompts: `make demo` takes its time."""
+    import sparse_interp as si
+
+    little = {"n_steps": 10, "batch_size": 4, "n_train": 32, "n_selection": 16, "max_kl": 1.9, "max_loss_gap": 4.0}
+    monkeypatch.setattr(si, "PruneConfig", partial(si.PruneConfig, **little))
+    monkeypatch.setattr(si, "audit", partial(si.audit, n_prompts=16, n_random=3))
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     for block in blocks("python"):
