@@ -28,13 +28,15 @@ from typer import Argument, Option
 from sparse_interp.circuit.describe import Description, describe, page, token_wires
 from sparse_interp.circuit.find import find_circuit
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.errors import CheckpointError, CircuitError, SparseInterpError, TokenizerError
+from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
 from sparse_interp.figures import audit_figure, search_figure
+from sparse_interp.interventions.ablation import mean_activations
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model import zoo
-from sparse_interp.model.checkpoint import bundled_tokenizer, weights_sha256
+from sparse_interp.model.checkpoint import MEANS, bundled_tokenizer, weights_sha256
+from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.report import report
 from sparse_interp.results import Table, save_figure
@@ -348,14 +350,26 @@ def _with_its_model(
     if circuit.task_name is None:
         raise CircuitError(f"{path} names no task, so there are no prompts to run it on.")
     name = model or circuit.model_name
-    network, prompts = _model_and_task(name, circuit.task_name, threads)
-    circuit.check_origin(network, prompts)
+    try:
+        network, prompts = _model_and_task(name, circuit.task_name, threads)
+        circuit.check_origin(network, prompts)
+    except (ConfigError, CircuitError) as error:
+        if model is not None:
+            raise
+        raise CircuitError(f"{error} If the model is in a folder of yours, name it with --model.") from error
     return circuit, network, prompts, name
 
 
 def _found(network: HookedSparseTransformer, prompts: Task, model: str, config: PruneConfig, seed: int) -> Circuit:
     generator = torch.Generator().manual_seed(seed)
-    return find_circuit(network, prompts, config, baseline=zoo.baseline_means(model), generator=generator)
+    return find_circuit(network, prompts, config, baseline=_baseline(network, model), generator=generator)
+
+
+def _baseline(network: HookedSparseTransformer, model: str) -> NodeValues:
+    """The means kept beside the model; for one that was trained here, means over its held-out text."""
+    if (zoo.model_folder(model) / MEANS).exists():
+        return zoo.baseline_means(model)
+    return mean_activations(network, zoo.validation_blocks(model), progress=True)
 
 
 def _draw(

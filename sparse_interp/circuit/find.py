@@ -18,6 +18,7 @@ from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks
 from sparse_interp.interventions.pruning import (
+    GateSearch,
     PruneConfig,
     Selection,
     learn_gates,
@@ -30,13 +31,13 @@ from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
 
-MAX_PASSES = 3
+MAX_PASSES = 2
 """Rounds of knocking out and dropping at most."""
 
 NO_EFFECT_NATS = 1e-6
 """A knock-out that changes the divergence by less changes nothing: the node is constant, its baseline is its value."""
 
-KNOCK_OUT_EVERY = 5
+KNOCK_OUT_EVERY = 9
 """One in so many selection prompts measures a knock-out; odd, so that both sides of pairs are among them."""
 
 
@@ -76,7 +77,7 @@ def find_circuit(
     def good(n: int) -> bool:
         return selection.fit(kept_by(search.order[:n], model, config)).enough(config)
 
-    prefix = search.order[: smallest_prefix(len(search.order), good)]
+    prefix = search.order[: smallest_prefix(len(search.order), good, search.n_open)]
     nodes, importance = _without_idle(model, prefix, selection, config, progress)
     return Circuit.of_nodes(
         model,
@@ -89,7 +90,7 @@ def find_circuit(
         tokenizer_sha256=tokenizer_hash(task.tokenizer),
         prune=config,
         seed=seed,
-        scores=_scores(model, nodes, search.order, selection, config),
+        scores=_scores(model, nodes, search, selection, config),
         history=search.history,
     )
 
@@ -132,7 +133,7 @@ def _without_idle(
             kept = [node for i in order[:n] for node in units[i]]
             return selection.fit(kept_by(kept, model, config)).enough(config)
 
-        n_needed = smallest_prefix(len(units), good)
+        n_needed = smallest_prefix(len(units), good, len(units))
         if n_needed == len(units):
             break
         units = [units[i] for i in sorted(order[:n_needed])]
@@ -176,7 +177,7 @@ def _less(kept: Masks, unit: Iterable[Node]) -> Masks:
 def _scores(
     model: HookedSparseTransformer,
     nodes: Sequence[Node],
-    order: Sequence[Node],
+    search: GateSearch,
     selection: Selection,
     config: PruneConfig,
 ) -> pd.DataFrame:
@@ -184,10 +185,10 @@ def _scores(
     fit = selection.fit(kept_by(nodes, model, config))
 
     def reaches_target(n: int) -> bool:
-        return selection.fit(kept_by(order[:n], model, config)).loss <= config.target_task_loss
+        return selection.fit(kept_by(search.order[:n], model, config)).loss <= config.target_task_loss
 
     try:
-        at_target = float(smallest_prefix(len(order), reaches_target))
+        at_target = float(smallest_prefix(len(search.order), reaches_target, search.n_open))
     except CircuitError:
         at_target = float("nan")  # the model itself does not get there
     method = (f"full, {selection.baseline.kind}", "selection", len(selection.batch))

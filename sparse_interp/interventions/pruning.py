@@ -84,7 +84,7 @@ class PruneConfig:
     n_selection: int = 256
     """Pairs, apart from those, on which the size is chosen; the test split is never used."""
 
-    max_kl: float = 0.25
+    max_kl: float = 0.2
     """Largest mean KL(model || circuit) of the chosen circuit on the selection pairs, nats."""
 
     max_loss_gap: float = 0.03
@@ -181,6 +181,9 @@ class GateSearch:
 
     tau: NodeValues
     """Final gate parameters; nodes without a gate have +inf."""
+
+    n_open: int
+    """How many of them, from the front, have an open gate."""
 
     history: pd.DataFrame
     """One row per step: `step`, `objective_nats`, `open_gates`, `price_nats`."""
@@ -301,7 +304,8 @@ def learn_gates(
             if step % 10 == 0:
                 steps.set_postfix_str(f"{config.objective} {fit.item():.3f}, open {n_open}")
     frame = pd.DataFrame(history, columns=["step", "objective_nats", "open_gates", "price_nats"])
-    return GateSearch(gates.ranking(), gates.values(), frame)
+    order, tau = gates.ranking(), gates.values()
+    return GateSearch(order, tau, sum(tau.of(node) >= 0 for node in order), frame)
 
 
 class _Price:
@@ -438,19 +442,24 @@ def split_pairs(task: Task, config: PruneConfig, generator: torch.Generator) -> 
     return batch.rows(slice(0, config.n_train)), batch.rows(slice(config.n_train, None))
 
 
-def smallest_prefix(n: int, good: Callable[[int], bool]) -> int:
-    """The smallest prefix length that is good, by bisection, if goodness grows with length.
+def smallest_prefix(n: int, good: Callable[[int], bool], start: int) -> int:
+    """The smallest good prefix length around `start`: the first good one at or above it, then bisected downwards.
+
+    Looking upwards in small steps matters: behind the gates that a search left open the ranking says little, and a
+    circuit of twice the size may well agree less with the model than one of the right size.
 
     Raises:
-        CircuitError: if not even all `n` are good.
+        CircuitError: if no length from `start` to `n` is good.
     """
-    if not good(n):
-        raise CircuitError(
-            "no circuit meets the stopping rule, not even all nodes: with all of them the circuit is the model, so "
-            "max_kl or max_loss_gap (or the task-loss target) asks for more than the model itself does."
-        )
-    low, high = -1, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if good(middle) else (middle, high)
-    return high
+    bad, size = 0, max(1, min(start, n))
+    while not good(size):
+        if size == n:
+            raise CircuitError(
+                "no circuit meets the stopping rule, not even all nodes: with all of them the circuit is the model, so "
+                "max_kl or max_loss_gap (or the task-loss target) asks for more than the model itself does."
+            )
+        bad, size = size, min(n, size + max(1, size // 20))
+    while size - bad > 1:
+        middle = (bad + size) // 2
+        bad, size = (bad, middle) if good(middle) else (middle, size)
+    return size

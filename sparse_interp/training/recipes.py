@@ -159,9 +159,11 @@ def stdlib_small_dense() -> RunConfig:
     """The dense twin that a user would compare with: no AbsTopK, its own optimizer, width set to match the loss."""
     run = stdlib_small()
     model = replace_model(
-        run.model, model_name="stdlib-small-dense", density=1.0, afrac=None, d_model=64, n_heads=4, d_mlp=256
+        run.model, model_name="stdlib-small-dense", density=1.0, afrac=None, d_model=128, n_heads=8, d_mlp=512
     )
-    return replace(run, name="stdlib-small-dense", model=model, eps=1e-6, lr=1e-2, lr_follows_density=False)
+    return replace(
+        run, name="stdlib-small-dense", model=model, n_tokens=18_000_000, eps=1e-6, lr=1e-2, lr_follows_density=False
+    )
 
 
 def tiny() -> RunConfig:

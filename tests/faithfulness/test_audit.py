@@ -139,7 +139,6 @@ def test_what_is_not_a_number_never_passes():
         bounds.loss(nothing, math.nan, 1.0),
         bounds.accuracy(nothing, math.nan, 1.0),
         bounds.kl(nothing),
-        bounds.argmax_agreement(nothing),
         bounds.removed_accuracy(nothing),
         bounds.removed_loss(nothing),
         bounds.random_accuracy(nothing, math.nan),
@@ -166,7 +165,7 @@ def test_a_circuit_no_better_than_chance_of_its_size_fails_for_its_controls():
 def test_other_thresholds_give_another_verdict_and_are_recorded(tmp_path):
     truth, means = hand_built("attention_copy")
     circuit = circuit_of(truth, means, sorted(truth.nodes)[1:])
-    lax = Thresholds(loss_gap_nats=9.0, max_kl_nats=9.0, min_argmax_agreement_frac=0.0, accuracy_gap_frac=1.0)
+    lax = Thresholds(loss_gap_nats=9.0, max_kl_nats=9.0, accuracy_gap_frac=1.0)
     table = quick(truth.model, circuit, truth.task, thresholds=lax)
     assert table.passed is True
     assert json.loads(table.to_json(tmp_path / "audit.json").read_text())["thresholds"]["max_kl_nats"] == 9
