@@ -81,8 +81,9 @@ class ModelFiles:
         folder = Path(folder)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise CheckpointError(f"{folder} is there already, and a model is never overwritten; name a new folder.")
+        kept = {"bigram_table"} if _has_frozen_table(self.cfg) else set()  # shared, hence the same for every precision
         tensors = {
-            name: tensor.detach().cpu() if stored_as is None else tensor.detach().cpu().to(stored_as)
+            name: tensor.detach().cpu().to(tensor.dtype if stored_as is None or name in kept else stored_as)
             for name, tensor in self.state_dict().items()
         }
         _refuse_non_finite(tensors, "the model")

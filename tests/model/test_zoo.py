@@ -9,6 +9,8 @@ import torch
 from sparse_interp.errors import CheckpointError, ConfigError
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import weights_sha256
+from sparse_interp.training.card import parameter_counts
+from sparse_interp.training.loop import validation_loss
 
 
 @pytest.fixture
@@ -84,3 +86,13 @@ def test_without_bundled_models_the_table_is_empty(tmp_path, monkeypatch):
 def test_every_bundled_model_has_its_card():
     for row in json.loads(zoo.models().frame.to_json(orient="records")):
         assert row["validation_loss_nats"] is not None and row["n_nonzero"] is not None, row["name"]
+
+
+@pytest.mark.parametrize("name", zoo.models().frame.name)
+def test_a_bundled_model_loads_and_has_the_loss_that_its_card_states(name):
+    model, card = zoo.load(name), json.loads((zoo.model_folder(name) / "card.json").read_text())
+    assert validation_loss(model, zoo.validation_blocks(name)) == pytest.approx(
+        card["validation"]["loss_nats"], abs=1e-4
+    )
+    assert parameter_counts(model)["n_nonzero"] == card["parameters"]["n_nonzero"]
+    zoo.baseline_means(name).check(model.cfg)
