@@ -39,6 +39,9 @@ BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#c
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 """In the order in which series take them."""
 
+LONGEST_SIDE = 3000
+"""Pixels of a figure's longer side, at most."""
+
 ROWS_SHOWN = 60
 """Rows of a table that a notebook or a drawn table shows; the frame keeps them all."""
 
@@ -321,7 +324,8 @@ def save_figure(ax: Axes, path: Path) -> None:
 
     partial = path.with_name(path.name + ".partial")
     try:
-        ax.figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        dpi = min(150.0, LONGEST_SIDE / max(ax.figure.get_size_inches()))
+        ax.figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
