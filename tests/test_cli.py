@@ -159,7 +159,7 @@ def test_a_signal_stops_after_the_step_keeps_its_checkpoint_and_resumes_bit_for_
     command, sources, tmp_path, monkeypatch, number
 ):
     assert command("train", "quick", "--out", tmp_path / "whole", "--text", sources)[0] == 0
-    step = Trainer.step
+    step, before = Trainer.step, signal.getsignal(number)
 
     def interrupted(trainer):
         if trainer.step_done == 5:
@@ -171,7 +171,7 @@ def test_a_signal_stops_after_the_step_keeps_its_checkpoint_and_resumes_bit_for_
         code, out, err = command("train", "quick", "--out", tmp_path / "run", "--text", sources)
     assert code == 1 and out == "" and "stopped after step 6 of 10; --resume continues it" in err
     assert (tmp_path / "run" / CHECKPOINT).exists() and not (tmp_path / "run" / MODEL).exists()
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) == before
     assert command("train", "quick", "--out", tmp_path / "run", "--resume")[0] == 0
     assert weights_sha256(zoo.load(tmp_path / "run" / MODEL)) == weights_sha256(zoo.load(tmp_path / "whole" / MODEL))
 

@@ -37,6 +37,10 @@ N_ROUNDS = 12
 """Rounds in which rails and the nodes between them move towards what they are joined to."""
 
 
+N_DRAWN = 150
+"""Nodes that a figure has room for."""
+
+
 class CircuitPictures:
     """Drawing, for a circuit with these parts."""
 
@@ -48,12 +52,15 @@ class CircuitPictures:
     def plot(self, ax: Axes | None = None, tokens: pd.DataFrame | None = None) -> Axes:
         """Draw the circuit: blue wires for positive weights, vermilion for negative ones, larger nodes for needed ones.
 
+        Of a circuit of more than `N_DRAWN` nodes those that are needed most are drawn, and the title says so.
+
         Args:
             ax: where to draw; None makes a figure that is large enough.
             tokens: wires to and from tokens as `token_wires` returns them; None draws none.
         """
-        placed, height, width = layout(self.nodes, self.edges, tokens)
-        parts = [self.edges] if tokens is None or tokens.empty else [self.edges, tokens]
+        nodes, edges, tokens = _most_needed(self.nodes, self.edges, tokens)
+        placed, height, width = layout(nodes, edges, tokens)
+        parts = [edges] if tokens is None or tokens.empty else [edges, tokens]
         wires = pd.concat(parts, ignore_index=True)[["source", "target", "kind", "weight"]]
         attention = wires.kind == "attention"
         left_out = f", {attention.sum()} attention wires not drawn" if attention.sum() > N_ATTENTION_WIRES else ""
@@ -76,7 +83,8 @@ class CircuitPictures:
             ax.get_legend().remove()  # the columns say it
         if own_figure:
             ax.figure.set_size_inches(max(7.0, COLUMN_INCHES * (width + 1)), max(4.0, ROW_INCHES * (height + 5)))
-            title = f"{self.task_name or 'circuit'} in {self.model_name}: {len(self.nodes)} nodes{left_out}"
+            drawn = f"the {len(nodes)} most needed of " if len(nodes) < len(self.nodes) else ""
+            title = f"{self.task_name or 'circuit'} in {self.model_name}: {drawn}{len(self.nodes)} nodes{left_out}"
             ax.set_title(title, color=INK, fontsize=10)
         return ax
 
@@ -106,6 +114,22 @@ class CircuitPictures:
 
     def _repr_html_(self) -> str:
         return inline_html(render_page(self.bare_page()))
+
+
+def _most_needed(
+    nodes: pd.DataFrame, edges: pd.DataFrame, tokens: pd.DataFrame | None
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+    """The nodes that a figure has room for, and the wires among them and the tokens."""
+    if len(nodes) <= N_DRAWN or nodes.importance_nats.isna().all():
+        return nodes, edges, tokens
+    nodes = nodes.nlargest(N_DRAWN, "importance_nats").sort_index()
+    names = {node_id(row) for row in nodes.to_dict("records")}
+
+    def among(wires: pd.DataFrame) -> pd.DataFrame:
+        ends = [wires[end].isin(names) | wires[end].str.match(r"(in|out)\.") for end in ("source", "target")]
+        return wires[ends[0] & ends[1]].reset_index(drop=True)
+
+    return nodes.reset_index(drop=True), among(edges), None if tokens is None else among(tokens)
 
 
 def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:

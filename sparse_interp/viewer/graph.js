@@ -48,6 +48,7 @@ function createGraph(stage, model, on) {
     drawEdges(layers.edges, model, state.layout, on);
     drawNodes(layers.nodes, model, on, { moveFrom, focused: (vertex) => { setRoving(vertex.id); reveal(vertex); } });
     setRoving(state.roving || startVertex(model).id);
+    refreshEdges();
     fit(false);
   }
 

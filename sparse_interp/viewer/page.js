@@ -192,6 +192,9 @@ function wireTheme(button) {
   apply();
 }
 
+/** Edges drawn before anyone moves the slider: a large circuit opens on its strongest ones. */
+const DRAWN_AT_FIRST = 500;
+
 /** The slider steps through the edges from weakest to strongest, so that every step changes the picture. */
 function wireEdgeControls(model, graph, refresh) {
   const slider = document.getElementById("threshold"), output = document.getElementById("threshold-output");
@@ -202,6 +205,8 @@ function wireEdgeControls(model, graph, refresh) {
   const sizes = weights.map((edge) => Math.abs(edge.weight)).sort((a, b) => a - b);
   slider.max = String(Math.max(0, sizes.length - 1));
   slider.disabled = sizes.length < 2;
+  slider.value = String(Math.max(0, sizes.length - DRAWN_AT_FIRST));
+  if (model.edges.filter((edge) => edge.kind === "attention").length > DRAWN_AT_FIRST) shown.attention.checked = false;
 
   function apply() {
     const least = sizes.length ? sizes[Number(slider.value)] : 0;
