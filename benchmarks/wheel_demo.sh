@@ -13,7 +13,7 @@ timed() { local what=$1 start=$SECONDS; shift; "$@"; echo "$what: $((SECONDS - s
 
 make -s -C "$project" venv
 cd "$project"
-timed "wheel" "$project/.venv/bin/python" -m hatchling -q build -t wheel -d "$folder/wheel"
+timed "wheel" "$project/.venv/bin/python" -m hatchling build -t wheel -d "$folder/wheel"
 python3 -m venv "$folder/venv"
 timed "installation" "$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   -c "$project/constraints.txt" "$(ls "$folder"/wheel/*.whl)[fast]"
