@@ -135,8 +135,8 @@ class CircuitFiles:
             )
         if self.tokenizer_sha256 not in (None, found := tokenizer_hash(task.tokenizer)):
             raise CircuitError(
-                f"this circuit was found with tokenizer {self.tokenizer_sha256[:12]}, and the task at hand was "  # type: ignore[index]
-                f"tokenised with {found[:12]}. {told}"
+                f"this circuit was found with tokenizer {(self.tokenizer_sha256 or 'none')[:12]}, and the task at hand "
+                f"was tokenised with {found[:12]}. {told}"
             )
 
     def _record(self) -> dict[str, Any]:

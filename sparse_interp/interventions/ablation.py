@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError
-from sparse_interp.model.sites import Node, NodeValues, Place, flat, masks, places
+from sparse_interp.model.sites import Node, NodeValues, Place, flat, masks, places, width
+from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 
 Masks = Mapping[Place, Bool[Tensor, " width"]]
@@ -58,12 +59,8 @@ def mean_activations(
 
 def zero_values(model: HookedSparseTransformer) -> NodeValues:
     """Zero for every node."""
-    zeros = {place: torch.zeros_like(v) for place, v in _example(model).items()}
+    zeros = {place: torch.zeros(width(model.cfg, place.site), dtype=model.cfg.dtype) for place in places(model.cfg)}
     return NodeValues(zeros, "zero")
-
-
-def _example(model: HookedSparseTransformer) -> dict[Place, Tensor]:
-    return {place: mask.to(model.cfg.dtype) for place, mask in masks((), model.cfg).items()}
 
 
 def hold(kept: Bool[Tensor, " width"], values: Float[Tensor, " width"]) -> Callable:
@@ -94,14 +91,3 @@ def ablate(
     kept = {place: ~mask for place, mask in masks(nodes, model.cfg).items()}
     with model.hooks(fwd_hooks=holding_hooks(kept, values)):
         yield model
-
-
-@contextmanager
-def evaluating(model: HookedSparseTransformer) -> Iterator[None]:
-    """Inside the block the model is in eval mode, where it computes the same whether or not anyone listens."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -297,7 +297,7 @@ class TextMethods:
         stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
         mask = torch.ones_like(tokens) if mask is None else mask
         draw = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "freq_penalty": freq_penalty}
-        with _eval_mode(self), _drawing_from(generator):
+        with evaluating(self), _drawing_from(generator):
             finished = torch.zeros(len(tokens), dtype=torch.bool)
             for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generate"):
                 logits = self(tokens, attention_mask=mask)[:, -1].cpu()  # pyright: ignore[reportCallIssue]
@@ -346,7 +346,8 @@ def _with_special_tokens(tokenizer: Any) -> Any:
 
 
 @contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside the block the model is in eval mode, where it computes the same whether or not anyone listens."""
     was_training = model.training
     model.eval()
     try:
