@@ -26,8 +26,8 @@ from sparse_interp.model.sites import Node as Node
 from sparse_interp.model.sites import NodeValues as NodeValues
 from sparse_interp.model.cache import SparseActivationCache as SparseActivationCache
 from sparse_interp.model.transformer import HookedSparseTransformer as HookedSparseTransformer
+from sparse_interp.model.transformer import load as load
 from sparse_interp.model.zoo import baseline_means as baseline_means
-from sparse_interp.model.zoo import load as load
 from sparse_interp.model.zoo import models as models
 from sparse_interp.model.zoo import validation_blocks as validation_blocks
 from sparse_interp.training.recipes import RunConfig as RunConfig

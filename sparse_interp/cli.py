@@ -37,7 +37,7 @@ from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import MEANS, bundled_tokenizer, weights_sha256
 from sparse_interp.model.sites import NodeValues
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
 from sparse_interp.results import Table, save_figure
 from sparse_interp.tasks.python_code import load_task
@@ -154,7 +154,7 @@ def _say_trained(out: Path, run: RunConfig, record: StepRecord | None, as_json: 
         "validation_loss_nats": card["validation"]["loss_nats"],
         "bigram_loss_nats": card["validation"]["bigram_loss_nats"],
         "n_nonzero": card["parameters"]["n_nonzero"],
-        "weights_sha256": weights_sha256(zoo.load(out / MODEL)),
+        "weights_sha256": weights_sha256(load(out / MODEL)),
     }
     if as_json:
         print(json.dumps(result, indent=1))
@@ -334,7 +334,7 @@ def _model_and_task(model: str, task: str, threads: int | None) -> tuple[HookedS
     """Both, or an error before any work."""
     if threads is not None:
         torch.set_num_threads(threads)
-    network = zoo.load(model)
+    network = load(model)
     if network.tokenizer is None:
         raise TokenizerError(f"{model} has no tokenizer, and prompts cannot be written without one.")
     prompts = load_task(task, network.tokenizer)

@@ -22,7 +22,7 @@ from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, bundled_tokenizer, weights_sha256
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import Node
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.tasks.python_code import load_task
 from sparse_interp.tokenizer import tokenizer_hash
 from sparse_interp.training import recipes
@@ -80,7 +80,7 @@ def test_train_leaves_a_model_that_loads_and_says_so(command, sources, tmp_path)
     code, out, err = command("train", "quick", "--out", tmp_path / "run", "--text", sources, "--json")
     assert code == 0, err
     said = json.loads(out)
-    model = zoo.load(tmp_path / "run" / MODEL)
+    model = load(tmp_path / "run" / MODEL)
     assert said["weights_sha256"] == weights_sha256(model) and said["n_tokens"] == 320
     assert model.tokenizer is not None and "loss" in err and "tokens/s" in err
     assert said["bigram_loss_nats"] > 0
@@ -173,7 +173,7 @@ def test_a_signal_stops_after_the_step_keeps_its_checkpoint_and_resumes_bit_for_
     assert (tmp_path / "run" / CHECKPOINT).exists() and not (tmp_path / "run" / MODEL).exists()
     assert signal.getsignal(number) == before
     assert command("train", "quick", "--out", tmp_path / "run", "--resume")[0] == 0
-    assert weights_sha256(zoo.load(tmp_path / "run" / MODEL)) == weights_sha256(zoo.load(tmp_path / "whole" / MODEL))
+    assert weights_sha256(load(tmp_path / "run" / MODEL)) == weights_sha256(load(tmp_path / "whole" / MODEL))
 
 
 def test_warnings_are_notes_of_one_line(command, sources, tmp_path):
@@ -219,7 +219,7 @@ def model_folder(whole_model, tmp_path) -> Path:
 @pytest.fixture
 def circuit_file(whole_model, tmp_path) -> Path:
     """A circuit of two nodes of that model."""
-    model = zoo.load(whole_model)
+    model = load(whole_model)
     assert model.tokenizer is not None
     task = load_task(TASK, model.tokenizer)
     circuit = Circuit.of_nodes(

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, Integer
@@ -44,11 +44,9 @@ CARD, CARD_TEXT = "card.json", "card.md"
 VALIDATION, MEANS = "validation.safetensors", "means.safetensors"
 BIGRAM_TABLE = "bigram.safetensors"
 
-M = TypeVar("M", bound="ModelFiles")
-
 
 class ModelFiles:
-    """Saving and loading, for a model with a `cfg` and a `tokenizer`."""
+    """Saving, for a model with a `cfg` and a `tokenizer`. Loading is in model/loading.py."""
 
     cfg: ModelConfig
     tokenizer: Any
@@ -63,7 +61,7 @@ class ModelFiles:
         validation: Integer[Tensor, "block pos"] | None = None,
         means: NodeValues | None = None,
     ) -> Path:
-        """Write the model to a new `folder`, from which `load` and `si.load` read it.
+        """Write the model to a new `folder`, from which `si.load` reads it.
 
         Args:
             bundled: refer to the tokenizer that ships under `cfg.tokenizer_name`, and to its bigram table, instead of
@@ -111,37 +109,44 @@ class ModelFiles:
         _write_folder(folder, files, None if bundled else self.tokenizer)
         return folder
 
-    @classmethod
-    def load(cls: type[M], folder: Path | str) -> M:
-        """The model that `save` wrote to `folder`, in eval mode on the CPU; torch's random state is left alone.
 
-        Raises:
-            CheckpointError: if the folder holds no model, or one that is damaged or incomplete.
-            ConfigError: for an unknown field, naming the nearest one, or a shape that describes no model.
-            TokenizerError: if the tokenizer is not the one that the model was saved with.
-        """
-        folder = Path(folder)
-        config = read_config(folder)
-        cfg = ModelConfig.from_dict(config["model"])
-        tokenizer = _stored_tokenizer(config["tokenizer"], folder, cfg)
-        with torch.random.fork_rng(devices=[]):
-            model = cls(cfg, tokenizer)  # pyright: ignore[reportCallIssue]
-        assert isinstance(model, nn.Module)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        table = config["bigram_table"]
-        if table is not None:
-            expected.pop("bigram_table", None)
-        tensors = {name: t.to(cfg.dtype) for name, t in _unpacked(folder / WEIGHTS, expected).items()}
-        if table is not None:
-            tensors["bigram_table"] = _bundled_table(table).to(cfg.dtype)
-        _refuse_non_finite(tensors, str(folder / WEIGHTS))
-        if _sha256(tensors) != config["weights_sha256"]:
-            raise CheckpointError(
-                f"the weights in {folder} are not those that were saved: their sha256 is {_sha256(tensors)}, and "
-                f"{CONFIG} says {config['weights_sha256']}. Fetch or save the model again."
-            )
-        model.load_state_dict(tensors)
-        return model.eval()
+class StoredModel(NamedTuple):
+    """What a folder holds, in the names and shapes that `HookedSparseTransformer` has."""
+
+    cfg: ModelConfig
+    """The model's shape."""
+
+    tensors: dict[str, Tensor]
+    """Its state dict, in `cfg.dtype`."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer that it was trained with, where the folder says which."""
+
+
+def read_model(folder: Path) -> StoredModel:
+    """What `save` wrote to `folder`.
+
+    Raises:
+        CheckpointError: if the folder holds no model, or one that is damaged or incomplete.
+        ConfigError: for an unknown field, naming the nearest one, or a shape that describes no model.
+        TokenizerError: if the tokenizer is not the one that the model was saved with.
+    """
+    config = read_config(folder)
+    cfg = ModelConfig.from_dict(config["model"])
+    tokenizer = _stored_tokenizer(config["tokenizer"], folder, cfg)
+    expected, table = cfg.weight_shapes(), config["bigram_table"]
+    if table is not None:
+        expected.pop("bigram_table", None)
+    tensors = {name: t.to(cfg.dtype) for name, t in _unpacked(folder / WEIGHTS, expected).items()}
+    if table is not None:
+        tensors["bigram_table"] = _bundled_table(table).to(cfg.dtype)
+    _refuse_non_finite(tensors, str(folder / WEIGHTS))
+    if _sha256(tensors) != config["weights_sha256"]:
+        raise CheckpointError(
+            f"the weights in {folder} are not those that were saved: their sha256 is {_sha256(tensors)}, and "
+            f"{CONFIG} says {config['weights_sha256']}. Fetch or save the model again."
+        )
+    return StoredModel(cfg, tensors, tokenizer)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -189,6 +189,32 @@ class ModelConfig(TransformerLensConfig):
             (3 * self.d_read + self.d_model) * self.n_heads * self.d_head + (self.d_read + self.d_model) * self.d_mlp
         )
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor in the state dict of a model of this shape."""
+        assert self.d_mlp is not None
+        d_model, d_mlp, pos, heads = self.d_model, self.d_mlp, self.d_pos_emb, (self.n_heads, self.d_head)
+        block = self._norm_shapes("ln1", d_model) | self._norm_shapes("ln2", d_model)
+        for letter in "QKV":
+            block |= {f"attn.W_{letter}": (self.n_heads, d_model, self.d_head), f"attn.b_{letter}": heads}
+            block |= {} if pos is None else {f"attn.W_{letter}_pos": (self.n_heads, pos, self.d_head)}
+        block |= {"attn.W_O": (*heads, d_model), "attn.b_O": (d_model,)}
+        block |= {"attn.sink": (self.n_heads,)} if self.sink else {}
+        block |= {"mlp.W_in": (d_model, d_mlp), "mlp.b_in": (d_mlp,), "mlp.W_out": (d_mlp, d_model)}
+        block |= {"mlp.b_out": (d_model,)}
+        if pos is not None:
+            block |= {"mlp.W_in_pos": (pos, d_mlp)}
+            block |= self._norm_shapes("ln1_pos", pos) | self._norm_shapes("ln2_pos", pos)
+        shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (self.d_vocab, d_model)}
+        shapes |= {} if self.positions == "none" else {"pos_embed.W_pos": (self.n_ctx, pos or d_model)}
+        shapes |= {f"blocks.{layer}.{name}": shape for layer in range(self.n_layers) for name, shape in block.items()}
+        shapes |= self._norm_shapes("ln_final", d_model) | {"unembed.b_U": (self.d_vocab,)}
+        shapes |= {} if self.tie_unembed else {"unembed.W_U": (d_model, self.d_vocab)}
+        return shapes | ({"bigram_table": (self.d_vocab, self.d_vocab)} if self.bigram else {})
+
+    def _norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        gain = {} if self.norm == "none" else {f"{name}.w": (size,)}
+        return gain | ({f"{name}.b": (size,)} if self.norm == "layer" and self.norm_bias else {})
+
     def to_dict(self) -> dict[str, Any]:
         """Every field as TransformerLens wants it, the dtype as a torch dtype."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

@@ -22,6 +22,7 @@ from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
+from sparse_interp.model.loading import Loading
 from sparse_interp.model.surface import TransformerLensSurface
 from sparse_interp.model.text import TextMethods
 
@@ -100,7 +101,7 @@ class Unembed(nn.Module):
         nn.init.zeros_(self.b_U)
 
 
-class HookedSparseTransformer(TextMethods, ModelFiles, TransformerLensSurface):
+class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensSurface):
     """A transformer whose weights and activations may be sparse, on TransformerLens hooks.
 
     Args:
@@ -286,3 +287,7 @@ class HookedSparseTransformer(TextMethods, ModelFiles, TransformerLensSurface):
         if attention_mask is None and not per_token:
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
+
+
+load = HookedSparseTransformer.from_pretrained
+"""`si.load(name_or_path)`."""

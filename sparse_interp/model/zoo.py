@@ -1,8 +1,8 @@
-"""Names of models, and the models.
+"""Names of models, and the folders that hold them.
 
-    load("stdlib-small")      a bundled model
-    load("runs/mine/model")   a folder that `model.save` wrote, or that training left
-    models()                  what is bundled, one row each
+    model_folder("stdlib-small")      a bundled model
+    model_folder("runs/mine/model")   a folder that `model.save` wrote, or that training left
+    models()                          what is bundled, one row each
 
 A name is a folder of `data/models/`.
 """
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_interp.data_files import data_folder
 from sparse_interp.errors import CheckpointError, ConfigError
@@ -24,13 +24,13 @@ from sparse_interp.model.checkpoint import (
     CONFIG,
     MEANS,
     VALIDATION,
+    ModelFiles,
     load_node_values,
     load_validation,
     read_config,
     weights_sha256,
 )
 from sparse_interp.model.sites import NodeValues
-from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 
 
@@ -49,16 +49,6 @@ class ModelTable(Table):
         "validation_loss_nats",
         "bigram_loss_nats",
     )
-
-
-def load(name_or_path: str | Path) -> HookedSparseTransformer:
-    """The model called `name_or_path`, or saved in that folder; in eval mode, on the CPU.
-
-    Raises:
-        ConfigError: for a name that no model has, with the nearest ones.
-        CheckpointError: if the folder holds no model, or a damaged one.
-    """
-    return HookedSparseTransformer.load(model_folder(name_or_path))
 
 
 def models() -> ModelTable:
@@ -85,12 +75,13 @@ def baseline_means(name_or_path: str | Path) -> NodeValues:
     return load_node_values(model_folder(name_or_path) / MEANS)
 
 
-def means_of(model: HookedSparseTransformer) -> NodeValues:
+def means_of(model: ModelFiles) -> NodeValues:
     """The means kept beside the bundled model whose weights `model` has.
 
     Raises:
         CheckpointError: if no bundled model has its name and its weights.
     """
+    assert isinstance(model, nn.Module)
     folder = _bundled().get(model.cfg.model_name)
     if folder is None or read_config(folder)["weights_sha256"] != weights_sha256(model):
         raise CheckpointError(

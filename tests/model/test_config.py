@@ -89,3 +89,7 @@ def test_a_value_of_the_wrong_kind_is_refused():
 def test_its_text_shows_what_was_chosen():
     assert repr(ModelConfig(**SHAPE, afrac=0.25)).startswith("ModelConfig(d_model=16")
     assert "afrac=0.25" in repr(ModelConfig(**SHAPE, afrac=0.25)) and "sink" not in repr(ModelConfig(**SHAPE))
+
+
+def test_the_shapes_of_the_weights_are_those_of_the_model(any_model):
+    assert any_model.cfg.weight_shapes() == {name: tuple(t.shape) for name, t in any_model.state_dict().items()}

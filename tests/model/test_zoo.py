@@ -9,6 +9,7 @@ import torch
 from sparse_interp.errors import CheckpointError, ConfigError
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import weights_sha256
+from sparse_interp.model.transformer import load
 from sparse_interp.training.card import parameter_counts
 from sparse_interp.training.loop import validation_loss
 
@@ -30,28 +31,28 @@ def bundle(make_model, tmp_path, monkeypatch):
 
 
 def test_a_name_loads_the_bundled_model(bundle):
-    assert weights_sha256(zoo.load("first-sparse")) == weights_sha256(bundle)
+    assert weights_sha256(load("first-sparse")) == weights_sha256(bundle)
 
 
 def test_a_path_loads_a_folder_that_save_wrote(make_model, tmp_path):
     folder = make_model(seed=4).save(tmp_path / "mine")
-    assert weights_sha256(zoo.load(folder)) == weights_sha256(zoo.load(str(folder)))
+    assert weights_sha256(load(folder)) == weights_sha256(load(str(folder)))
 
 
 def test_an_unknown_name_offers_the_nearest(bundle):
     with pytest.raises(ConfigError, match="no model is called 'first-spars'; the nearest are first-sparse"):
-        zoo.load("first-spars")
+        load("first-spars")
     with pytest.raises(ConfigError, match="the nearest are first-sparse, second"):
-        zoo.load("@@@")
+        load("@@@")
 
 
 def test_a_path_without_a_model_is_refused(bundle, tmp_path):
     with pytest.raises(CheckpointError, match="is no folder"):
-        zoo.load(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="is no folder"):
-        zoo.load("runs/nowhere")
+        load("runs/nowhere")
     with pytest.raises(CheckpointError, match="holds no model"):
-        zoo.load(tmp_path)
+        load(tmp_path)
 
 
 def test_the_table_of_models_says_what_their_cards_say(bundle):
@@ -80,7 +81,7 @@ def test_without_bundled_models_the_table_is_empty(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "data_folder", lambda: tmp_path)
     assert len(zoo.models()) == 0
     with pytest.raises(ConfigError, match="none are bundled"):
-        zoo.load("anything")
+        load("anything")
 
 
 def test_every_bundled_model_has_its_card():
@@ -90,7 +91,7 @@ def test_every_bundled_model_has_its_card():
 
 @pytest.mark.parametrize("name", zoo.models().frame.name)
 def test_a_bundled_model_loads_and_has_the_loss_that_its_card_states(name):
-    model, card = zoo.load(name), json.loads((zoo.model_folder(name) / "card.json").read_text())
+    model, card = load(name), json.loads((zoo.model_folder(name) / "card.json").read_text())
     assert validation_loss(model, zoo.validation_blocks(name)) == pytest.approx(
         card["validation"]["loss_nats"], abs=1e-4
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparse_interp.errors import CheckpointError, SparseInterpError
 from sparse_interp.model.checkpoint import weights_sha256
-from sparse_interp.model.zoo import load
+from sparse_interp.model.transformer import load
 from sparse_interp.tokenizer import bigram_counts, bigram_loss, bigram_table
 from sparse_interp.training import loop
 from sparse_interp.training.loop import (
