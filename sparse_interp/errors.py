@@ -35,3 +35,7 @@ class BridgeError(SparseInterpError, ValueError):
 
 class DownloadError(SparseInterpError, OSError):
     """A file that could not be fetched, or that is not the file it should be."""
+
+
+class WrongToolWarning(UserWarning):
+    """A tool of TransformerLens that gives wrong numbers on this model; the message names what gives the right ones."""

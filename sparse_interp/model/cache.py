@@ -8,6 +8,7 @@ TransformerLens computes z W_O and post W_out, which is what would have been wri
 `attn.hook_result` sees while its flag is on: the attention bias is shared out evenly, so heads add up to the write.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from sparse_interp.errors import ConfigError
+from sparse_interp.errors import ConfigError, WrongToolWarning
 
 
 def _as_slice(given: Any) -> Slice:
@@ -39,10 +40,8 @@ class SparseActivationCache(ActivationCache):
         return None if cut.k is None else (self[write, layer] != 0).to(self[write, layer].dtype)
 
     def _refuse_unless_sum(self) -> None:
-        cfg = self.model.cfg
-        cuts = [site for site in ("resid_mid", "resid_post") if cfg.afrac is not None and site in cfg.afrac_sites]
-        if cfg.residual_act != "identity" or cuts:
-            reason = f"AbsTopK at {' and '.join(cuts)}" if cuts else f"residual_act={cfg.residual_act!r}"
+        reason = self.model.blocks[0].why_no_sum
+        if reason is not None:
             raise ConfigError(
                 f"this model's residual stream is not the sum of what was written to it, because of {reason}: it has "
                 "no decomposition. accumulated_resid and the hook points themselves are fine."
@@ -105,6 +104,7 @@ class SparseActivationCache(ActivationCache):
         """Neurons normalised and projected without the large tensor; TransformerLens calls it from its stack."""
         if layer == 0:
             return self.decompose_resid(0, pos_slice=pos_slice)[:0] @ project_2d
+        self._warn_of_bigram(layer)
         norm = self.model.cfg.norm
         if norm == "layer":
             project_2d = project_2d - project_2d.mean(0)  # (x - mean x) P = x (P - mean P)
@@ -192,6 +192,31 @@ class SparseActivationCache(ActivationCache):
             bias, kept = self.model.blocks[before].mlp.b_out, self._kept(before, "mlp_out")
             total = total + (bias if kept is None else bias * kept)
         return at.apply(total, dim=-2)[None]
+
+    # -- read for logits ----------------------------------------------------------------------------------------------
+
+    def apply_ln_to_stack(self, residual_stack: Tensor, layer: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Components divided by the scale of the norm that reads them at `layer`; arguments as in TransformerLens.
+
+        Warns:
+            WrongToolWarning: where the final norm is applied and the model has a bigram table. It is the step that
+                `logit_attrs`, the logit lens of a cache, decompositions with `apply_ln=True` and TransformerLens'
+                `direct_logit_attribution` have in common.
+        """
+        self._warn_of_bigram(layer)
+        return super().apply_ln_to_stack(residual_stack, layer, *args, **kwargs)
+
+    def _warn_of_bigram(self, layer: int | None) -> None:
+        """Warn that logits read off the stream at `layer`, if that is its end, lack the bigram table's row."""
+        cfg = self.model.cfg
+        if layer in (None, -1, cfg.n_layers) and cfg.bigram and bool(self.model.bigram_table.any()):
+            warnings.warn(
+                "this model adds a row of its bigram table to the logits, and no component of the stream holds it: "
+                "logits and attributions read off the stream lack it. sparse_interp.direct_logit_attribution(model, "
+                "tokens, answer, foil) has it as a row of its own.",
+                WrongToolWarning,
+                stacklevel=3,
+            )
 
     # -- attention ----------------------------------------------------------------------------------------------------
 

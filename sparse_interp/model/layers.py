@@ -262,6 +262,28 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint()  # batch pos d_model
         self.hook_resid_post = HookPoint()  # batch pos d_model
 
+    @property
+    def submodules(self) -> dict[str, nn.Module] | None:
+        """For TransformerLens' edge attribution, faithfulness and direct paths, which take the stream for a sum.
+
+        A block that has `submodules` is asked for its `residual_contribution_scale`, and refused if that is not 1.
+        """
+        return {"attn": self.attn} if self.why_no_sum else None
+
+    @property
+    def residual_contribution_scale(self) -> float | str:
+        """1; or, where the stream is no sum, why not, which TransformerLens quotes as it refuses."""
+        return self.why_no_sum or 1.0
+
+    @property
+    def why_no_sum(self) -> str | None:
+        """What keeps the stream from being the sum of what was written to it; None where nothing does."""
+        sites = {"resid_mid": self.cut_mid, "resid_post": self.cut_post}
+        cuts = [site for site, cut in sites.items() if cut.k is not None]
+        if cuts:
+            return f"AbsTopK at {' and '.join(cuts)}"
+        return None if self.cfg.residual_act == "identity" else f"residual_act={self.cfg.residual_act!r}"
+
     def forward(self, resid: Resid, pos: Float[Tensor, "batch pos d_pos"] | None, mask: KeyMask | None) -> Resid:
         """The stream after the block. `pos` are concatenated positions; `mask` is False where a key is padding."""
         resid = self.hook_resid_pre(resid.clone())  # the block before still holds this tensor as its resid_post

@@ -5,6 +5,7 @@ directions of tokens, biases, and a re-initialisation that keeps zeros zero. Eve
 here is a second way to compute it.
 """
 
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix, HookedRootModule
 
-from sparse_interp.errors import ConfigError
+from sparse_interp.errors import ConfigError, WrongToolWarning
 from sparse_interp.model.cache import SparseActivationCache
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.layers import Block
@@ -92,7 +93,26 @@ class TransformerLensSurface(HookedRootModule):
 
     def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
         self._refuse_silent(name)
+        self._warn_of_direct_path(name, hook)
         super()._enable_hook_with_name(name, hook, dir)
+
+    def _warn_of_direct_path(self, name: str, hook: Callable) -> None:
+        """Warn of TransformerLens' direct path patching, which is known by the hook that it makes, where it is wrong.
+
+        It sends `z W_O`, which is what a head would have written without AbsTopK; and the version of 3.9 adds that to
+        q, k or v themselves, past the norm's gain and AbsTopK, with the scale held fixed.
+        """
+        if not getattr(hook, "__qualname__", "").startswith("_make_direct_path_hook."):
+            return
+        cut = any(block.attn.cut_write.k is not None for block in self.layers)
+        if cut or not name.endswith("_input"):
+            reason = "ignores that AbsTopK cuts what heads write" if cut else "holds the norm's scale fixed"
+            warnings.warn(
+                f"TransformerLens' get_act_patch_direct_path {reason}, so its numbers are wrong on this model; "
+                "sparse_interp.patch_direct_paths is exact.",
+                WrongToolWarning,
+                stacklevel=2,
+            )
 
     def _refuse_silent(self, name: str) -> None:
         """Raise KeyError for a name that is no hook point, and ConfigError for one that cannot fire."""

@@ -68,6 +68,7 @@ def test_the_full_decomposition_adds_up_to_the_stream(cache, expand_neurons):
         close(rows.sum(0), stream(cache, layer, mlp_input))
 
 
+@pytest.mark.filterwarnings("ignore:this model adds a row of its bigram table")
 def test_a_normalised_and_projected_decomposition_adds_up_to_what_is_read(cache, generator):
     onto = torch.randn(12, 2, generator=generator)
     norms = {
@@ -88,6 +89,7 @@ def test_a_normalised_and_projected_decomposition_adds_up_to_what_is_read(cache,
         close(one.sum(0), x @ onto[:, 0] if norm.kind != "layer" else stream(cache, layer, mlp_input) @ onto[:, 0])
 
 
+@pytest.mark.filterwarnings("ignore:this model adds a row of its bigram table")
 def test_neurons_projected_are_neurons_times_the_direction(cache, generator):
     onto = torch.randn(12, 2, generator=generator)
     whole = cache.get_neuron_results(1)
