@@ -33,7 +33,7 @@ from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.pruning import both_sides
-from sparse_interp.model.sites import PATTERN_HOOK, Node, Place, flat, places
+from sparse_interp.model.sites import PATTERN_HOOK, SITES, Node, Place, flat, places
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
@@ -205,7 +205,8 @@ def activations(
     """Activations of `nodes` alone, a few rows of `tokens` at a time, in eval mode and on the CPU."""
     device = model.embed.W_E.device
     wanted = {
-        place: [i for i, node in enumerate(nodes) if (node.layer, node.site) == place] for place in places(model.cfg)
+        place: [i for i, node in enumerate(nodes) if (node.layer, node.site) == place]
+        for place in places(model.cfg, SITES)
     }
     wanted = {place: rows for place, rows in wanted.items() if rows}
     for start in tqdm(range(0, len(tokens), batch_size), disable=not progress, desc="contexts", unit="batch"):
@@ -361,7 +362,7 @@ def direct_effects(
     d_model, vocabulary = model.cfg.d_model, model.unembed.W_U.detach().float()
     stream, final = torch.zeros(len(nodes), d_model), torch.zeros(len(nodes), d_model)
     for i, node in enumerate(nodes):
-        if node.site in ("attn_write", "mlp_write"):
+        if node.site in ("attn_write", "mlp_write", "final_resid"):
             stream[i, node.channel] = 1
         elif node.site == "neuron":
             stream[i] = model.layers[node.layer].mlp.W_out.detach()[node.channel].float().cpu()
@@ -381,7 +382,7 @@ def embedding_writes(model: HookedSparseTransformer, nodes: Sequence[Node]) -> F
     embedding = model.embed.W_E.detach().float().cpu()
     out = torch.zeros(len(nodes), len(embedding))
     for i, node in enumerate(nodes):
-        if node.site in ("attn_read", "mlp_read", "final_read") and node.channel < model.cfg.d_model:
+        if node.site in ("attn_read", "mlp_read", "final_resid", "final_read") and node.channel < model.cfg.d_model:
             out[i] = embedding[:, node.channel]
     return out
 
@@ -445,7 +446,7 @@ def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBat
     chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]
     edges = token_edges(model, in_order(circuit), *chosen)
     if not _edit_is_last(batch):  # what stands elsewhere in a prompt is not what the final read meets
-        edges = edges[~((edges.kind == "embedding") & edges.target.str.contains("final_read"))]
+        edges = edges[~((edges.kind == "embedding") & edges.target.str.contains("final_re"))]
     text = token_text(model)
     reading = edges.kind == "embedding"
     ids = edges.source.where(reading, edges.target).str.removeprefix("token.")

@@ -1,6 +1,6 @@
 """The circuit file, version 1: what was found, in what, how, and what was measured, as JSON beside safetensors.
 
-    circuit.json          model, task and tokenizer by name and hash; nodes and edges; baseline kind; objective, the
+    circuit.json          model, task and tokenizer by name and hash; sites, nodes, edges; baseline kind; objective, the
                           full search configuration and its seed; library and torch versions; every score with the
                           ablation, metric, split and number of prompts behind it; the search step by step
     circuit.safetensors   `baseline.LAYER.SITE` and, after a search, `tau.LAYER.SITE`: one number per node of the model
@@ -30,7 +30,7 @@ from sparse_interp.errors import CircuitError, SparseInterpError
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.config import ModelConfig
-from sparse_interp.model.sites import Node, NodeValues, Place, check_nodes
+from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, check_nodes
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 from sparse_interp.tasks.task import Task
@@ -57,6 +57,7 @@ class CircuitFiles:
     cfg: ModelConfig
     model_name: str
     model_sha256: str
+    sites: tuple[str, ...]
     task_name: str | None
     task_sha256: str | None
     tokenizer_sha256: str | None
@@ -155,6 +156,7 @@ class CircuitFiles:
             "objective": None if self.prune is None else self.prune.objective,
             "prune": prune,
             "seed": self.seed,
+            "sites": list(self.sites),
             "baseline": self.baseline.kind,
             "scores": _rows_of(self.scores),
             "nodes": _rows_of(self.nodes),
@@ -166,7 +168,7 @@ class CircuitFiles:
         """What a file says has to fit together."""
         nodes = [Node(*row) for row in self.nodes[["layer", "site", "channel"]].itertuples(index=False)]
         check_nodes(nodes, self.cfg)
-        self.baseline.check(self.cfg)
+        self.baseline.check(self.cfg, self.sites)
         if self.tau is not None:
             self.tau.check(self.cfg)
         for place, values in self.baseline.values.items():
@@ -226,6 +228,7 @@ def _fields(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     """What a circuit is made of, from the two files."""
     task = record["task"] or {"name": None, "templates_sha256": None}
     prune = record["prune"]
+    sites = record.get("sites") or (prune or {}).get("sites") or NODE_SITES  # the first files did not say
     baseline = _node_values(tensors, "baseline", record["baseline"])
     if baseline is None:
         raise CircuitError("its tensors hold no baseline")
@@ -237,6 +240,7 @@ def _fields(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "cfg": ModelConfig.from_dict(record["model"]["shape"]),
         "model_name": record["model"]["name"],
         "model_sha256": record["model"]["weights_sha256"],
+        "sites": tuple(sites),
         "task_name": task["name"],
         "task_sha256": task["templates_sha256"],
         "tokenizer_sha256": record["tokenizer_sha256"],

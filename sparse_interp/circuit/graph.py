@@ -27,7 +27,7 @@ from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.config import ModelConfig
-from sparse_interp.model.sites import WIRES, Node, NodeValues, Place, check_nodes, masks, places
+from sparse_interp.model.sites import NODE_SITES, SITES, WIRES, Node, NodeValues, Place, check_nodes, masks, places
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 
@@ -40,7 +40,7 @@ NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importan
 EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
 SCORE_COLUMNS = ("measure", "value", "unit", "ablation", "metric", "split", "n_prompts")
 
-_READS, _WRITES = ("attn_read", "mlp_read", "final_read"), ("attn_write", "mlp_write")
+_READS, _WRITES = ("attn_read", "mlp_read", "final_resid", "final_read"), ("attn_write", "mlp_write")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,9 @@ class Circuit(CircuitFiles, CircuitPictures):
     model_sha256: str
     """Hash of its weights."""
 
+    sites: tuple[str, ...] = NODE_SITES
+    """Where nodes outside the circuit are held; every other site keeps what is computed there."""
+
     task_name: str | None = None
     """Task that the circuit was found for."""
 
@@ -104,18 +107,24 @@ class Circuit(CircuitFiles, CircuitPictures):
         nodes: Iterable[Node],
         baseline: NodeValues,
         *,
+        sites: tuple[str, ...] | None = None,
         tau: NodeValues | None = None,
         importance: dict[Node, float] | None = None,
+        prune: PruneConfig | None = None,
         **origin: Any,
     ) -> "Circuit":
         """The circuit of `nodes` in `model`, edges read off its weights.
+
+        `sites` are those where everything else is held; None takes those of the search `prune`, or all of a model's.
 
         Raises:
             CircuitError: for a node that the model does not have, or a baseline of another model.
         """
         kept = sorted(set(nodes), key=lambda node: (_order(model.cfg)[Place(node.layer, node.site)], node.channel))
         check_nodes(kept, model.cfg)
-        baseline.check(model.cfg)
+        if sites is None:
+            sites = NODE_SITES if prune is None else prune.sites
+        baseline.check(model.cfg, sites)
         rows = []
         for node in kept:
             head = node.channel // model.cfg.d_head if node.site in ("q", "k", "v") else None
@@ -132,7 +141,9 @@ class Circuit(CircuitFiles, CircuitPictures):
             cfg=model.cfg,
             model_name=model.cfg.model_name,
             model_sha256=weights_sha256(model),
+            sites=sites,
             tau=tau,
+            prune=prune,
             **origin,
         )
 
@@ -158,11 +169,9 @@ class Circuit(CircuitFiles, CircuitPictures):
 
     @property
     def kept(self) -> Masks:
-        """For every place, which channels are in the circuit; sites that the search left alone keep everything."""
-        found = masks(self.node_set, self.cfg)
-        if self.prune is None:
-            return found
-        return {p: m if p.site in self.prune.sites else torch.ones_like(m) for p, m in found.items()}
+        """For every place, which channels are in the circuit; places outside `sites` keep everything."""
+        found = masks(self.node_set, self.cfg, self.sites)
+        return {p: m if p.site in self.sites else torch.ones_like(m) for p, m in found.items()}
 
     def hooks(self, model: HookedSparseTransformer) -> FwdHooks:
         """Plain forward hooks under which `model` runs as this circuit, for any TransformerLens call.
@@ -189,7 +198,7 @@ class Circuit(CircuitFiles, CircuitPictures):
 
     def check_model(self, model: HookedSparseTransformer) -> None:
         """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""
-        self.baseline.check(model.cfg)
+        self.baseline.check(model.cfg, self.sites)
         sha256 = weights_sha256(model)
         if sha256 != self.model_sha256:
             raise CircuitError(
@@ -200,7 +209,7 @@ class Circuit(CircuitFiles, CircuitPictures):
 
     def transplanted(self, model: HookedSparseTransformer, baseline: NodeValues | None = None) -> "Circuit":
         """The same nodes in another model of the same shape, edges and hash read anew."""
-        moved = Circuit.of_nodes(model, self.node_set, baseline or self.baseline)
+        moved = Circuit.of_nodes(model, self.node_set, baseline or self.baseline, sites=self.sites)
         return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
 
     # -- set algebra ------------------------------------------------------------------------------------------------
@@ -284,7 +293,7 @@ class Circuit(CircuitFiles, CircuitPictures):
 
 
 def _order(cfg: ModelConfig) -> dict[Place, int]:
-    return {place: i for i, place in enumerate(places(cfg))}
+    return {place: i for i, place in enumerate(places(cfg, SITES))}
 
 
 def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
@@ -372,11 +381,11 @@ def token_edges(
     rows = []
     embedding, unembedding = model.embed.W_E.detach().cpu(), model.unembed.W_U.detach().cpu()
     for node in nodes:
-        if node.site in ("attn_read", "mlp_read", "final_read") and node.channel < model.cfg.d_model:
+        if node.site in _READS and node.channel < model.cfg.d_model:
             for token in inputs:
                 if weight := float(embedding[token, node.channel]):
                     rows.append((f"token.{token}", str(node), "embedding", "embed.W_E", weight))
-        if node.site == "final_read":
+        if node.site in ("final_resid", "final_read"):
             for token in outputs:
                 if weight := float(unembedding[node.channel, token]):
                     rows.append((str(node), f"token.{token}", "unembedding", "unembed.W_U", weight))

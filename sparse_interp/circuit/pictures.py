@@ -27,6 +27,9 @@ KINDS = {"attn_read": "read", "mlp_read": "read", "final_read": "read", "attn_wr
          "q": "q, k, v", "k": "q, k, v", "v": "q, k, v", "neuron": "neuron"}  # fmt: skip
 """What shares a colour."""
 
+DRAWN_AS = {"final_resid": "final_read"}
+"""Sites without a column of their own: the last stream stands where it is read, one norm later."""
+
 COLUMN_TITLES = {"attn_read": "read", "attn_write": "write", "mlp_read": "read", "mlp_write": "write",
                  "final_read": "final\nread"}  # fmt: skip
 
@@ -100,7 +103,7 @@ class CircuitPictures:
     def bare_page(self) -> CircuitPage:
         """The page that needs no model: nodes and wires."""
         layers = [int(layer) for layer, site in zip(self.nodes.layer, self.nodes.site, strict=True)
-                  if site != "final_read"]  # fmt: skip
+                  if not site.startswith("final")]  # fmt: skip
         n_edges = int((self.edges.kind == "weight").sum())
         return CircuitPage(
             nodes=page_nodes(self.nodes),
@@ -137,8 +140,8 @@ def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:
     return [
         PageNode(
             id=node_id(row),
-            layer=int(row["layer"]),
-            site=row["site"],
+            layer=_drawn_at(row)[0],
+            site=_drawn_at(row)[1],
             channel=int(row["channel"]),
             head=None if pd.isna(row["head"]) else int(row["head"]),
             importance=None if pd.isna(row["importance_nats"]) else max(0.0, float(row["importance_nats"])),
@@ -146,6 +149,12 @@ def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:
         )
         for row in nodes.to_dict("records")
     ]
+
+
+def _drawn_at(row: Mapping) -> tuple[int, str]:
+    """Layer and site of the column in which a node is drawn."""
+    layer, site = int(row["layer"]), row["site"]
+    return (layer + 1, DRAWN_AS[site]) if site in DRAWN_AS else (layer, site)
 
 
 def page_edges(edges: pd.DataFrame) -> list[PageEdge]:
@@ -216,11 +225,12 @@ def _points(nodes: pd.DataFrame, tokens: pd.DataFrame | None) -> pd.DataFrame:
     largest = float(np.nanmax(nodes.importance_nats.to_numpy(float), initial=0.0)) or 1.0
     rows = {}
     for row in nodes.to_dict("records"):
-        site, on_rail = row["site"], row["site"].endswith(("_read", "_write"))
+        layer, site = _drawn_at(row)
+        on_rail = site.endswith(("_read", "_write"))
         needed = 0.25 if pd.isna(row["importance_nats"]) else min(1.0, max(0.0, row["importance_nats"] / largest))
         head = -1 if pd.isna(row["head"]) else int(row["head"])
         name = str(row["channel"]) if head < 0 else f"h{head}·{row['channel']}"
-        column = (int(row["layer"]), rank[site], site)
+        column = (layer, rank[site], site)
         rows[node_id(row)] = (column, row["channel"] if on_rail else None, head, name, KINDS[site], 22 + 90 * needed)
     if tokens is not None:
         last = (1 + max((column[0] for column, *_ in rows.values()), default=0), 0, "token")

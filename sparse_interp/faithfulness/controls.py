@@ -16,7 +16,7 @@ import torch
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError
-from sparse_interp.model.sites import Node, Place, places, width
+from sparse_interp.model.sites import SITES, Node, Place, places, width
 from sparse_interp.model.transformer import HookedSparseTransformer
 
 
@@ -31,7 +31,7 @@ def random_circuits(
     """
     if n < 0:
         raise ConfigError(f"n={n} random circuits were asked for; expected 0 or more.")
-    circuit.baseline.check(model.cfg)
+    circuit.baseline.check(model.cfg, circuit.sites)
     return [_alike(model, circuit, _drawn(circuit, generator)) for _ in range(n)]
 
 
@@ -52,13 +52,13 @@ def overlap(control: Circuit, circuit: Circuit) -> float:
 
 def _alike(model: HookedSparseTransformer, circuit: Circuit, nodes: Iterable[Node]) -> Circuit:
     """`nodes` as a circuit with the baseline, the task and the gated sites of `circuit`."""
-    origin = {"task_name": circuit.task_name, "task_sha256": circuit.task_sha256, "prune": circuit.prune}
+    origin = {name: getattr(circuit, name) for name in ("sites", "task_name", "task_sha256", "prune")}
     return Circuit.of_nodes(model, nodes, circuit.baseline, **origin)
 
 
 def _channels(circuit: Circuit) -> dict[Place, set[int]]:
     """The circuit's channels in every place, in the order of the forward pass."""
-    found: dict[Place, set[int]] = {place: set() for place in places(circuit.cfg)}
+    found: dict[Place, set[int]] = {place: set() for place in places(circuit.cfg, SITES)}
     for node in circuit.node_set:
         found[Place(node.layer, node.site)].add(node.channel)
     return found

@@ -6,7 +6,7 @@ The baseline of choice is the node's mean over text (Gao et al. 2025, arXiv 2511
 it never writes into a tensor that the model still holds, it nests, and it ends when the block does.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError
-from sparse_interp.model.sites import Node, NodeValues, Place, flat, masks, places, width
+from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, masks, places, width
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 
@@ -30,17 +30,18 @@ def mean_activations(
     model: HookedSparseTransformer,
     blocks: Int[Tensor, "block pos"],
     *,
+    sites: Collection[str] = NODE_SITES,
     batch_size: int = 16,
     progress: bool = False,
 ) -> NodeValues:
-    """Every node's mean over all positions of `blocks`, in eval mode.
+    """The mean of every node at `sites` over all positions of `blocks`, in eval mode.
 
     Raises:
         CircuitError: if there are no blocks.
     """
     if len(blocks) == 0:
         raise CircuitError("means need at least one block of tokens, and there are none.")
-    sums = dict.fromkeys(places(model.cfg), 0.0)
+    sums = dict.fromkeys(places(model.cfg, sites), 0.0)
 
     def add(place: Place) -> Callable:
         def hook(activation: Tensor, hook: HookPoint) -> None:
@@ -48,7 +49,7 @@ def mean_activations(
 
         return hook
 
-    fwd_hooks: FwdHooks = [(place.hook, add(place)) for place in places(model.cfg)]
+    fwd_hooks: FwdHooks = [(place.hook, add(place)) for place in sums]
     with evaluating(model), model.hooks(fwd_hooks=fwd_hooks):
         for batch in tqdm(blocks.split(batch_size), disable=not progress, desc="means", unit="batch"):
             model(batch.to(model.embed.W_E.device), return_type=None)
@@ -87,7 +88,8 @@ def ablate(
     Raises:
         CircuitError: for a node that the model does not have, or values of another model.
     """
-    values.check(model.cfg)
+    nodes = list(nodes)
+    values.check(model.cfg, {node.site for node in nodes})
     kept = {place: ~mask for place, mask in masks(nodes, model.cfg).items()}
     with model.hooks(fwd_hooks=holding_hooks(kept, values)):
         yield model

@@ -29,7 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from sparse_interp.axes import Resid
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, evaluating, holding_hooks
-from sparse_interp.model.sites import SITES, Node, NodeValues, Place, flat, places, width
+from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, places, width
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
 
@@ -72,7 +72,7 @@ class PruneConfig:
     noise_until_frac: float = 0.4
     """Share of the search after which gates are deterministic; until then the noise falls linearly."""
 
-    sites: tuple[str, ...] = tuple(SITES)
+    sites: tuple[str, ...] = NODE_SITES
     """Sites whose nodes have gates; nodes of other sites stay as they are and are not counted."""
 
     share_qk: bool = True
@@ -102,9 +102,9 @@ class PruneConfig:
         for name in ("lr", "temperature", "max_kl", "max_loss_gap", "target_task_loss"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; it must be above 0.")
-        unknown = [site for site in self.sites if site not in SITES]
+        unknown = [site for site in self.sites if site not in NODE_SITES]
         if unknown or not self.sites:
-            raise ConfigError(f"sites={self.sites}: expected some of {', '.join(SITES)}.")
+            raise ConfigError(f"sites={self.sites}: expected some of {', '.join(NODE_SITES)}.")
         if self.share_qk and ("q" in self.sites) != ("k" in self.sites):
             raise ConfigError("share_qk needs q and k both among sites, or neither; set share_qk=False.")
 

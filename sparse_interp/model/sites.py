@@ -4,7 +4,7 @@ A *site* is a kind of place, a *node* one channel of a site in one layer, a *wir
 This is the only file that spells hook names, and the table `WIRES` the only place that says what a weight joins.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,10 +42,18 @@ ATTN_WRITE = Site("attn_write", "blocks.{layer}.hook_attn_out", False)
 MLP_READ = Site("mlp_read", "blocks.{layer}.mlp.hook_in", False)
 NEURON = Site("neuron", "blocks.{layer}.mlp.hook_post", False)
 MLP_WRITE = Site("mlp_write", "blocks.{layer}.hook_mlp_out", False)
+FINAL_RESID = Site("final_resid", "blocks.{layer}.hook_resid_post", False)
 FINAL_READ = Site("final_read", "unembed.hook_in", False)
 
 BLOCK_SITES = (ATTN_READ, Q, K, V, ATTN_WRITE, MLP_READ, NEURON, MLP_WRITE)
-SITES = {site.name: site for site in (*BLOCK_SITES, FINAL_READ)}
+SITES = {site.name: site for site in (*BLOCK_SITES, FINAL_RESID, FINAL_READ)}
+
+NODE_SITES = tuple(name for name in SITES if name != FINAL_RESID.name)
+"""The sites whose nodes make up a model.
+
+A node of `final_resid` is a channel of `final_read` held before the last norm instead of after it. Only circuits that
+were found so, as the released ones were, speak of it.
+"""
 
 EMBED_HOOK = "hook_embed"
 BIGRAM_HOOK = "hook_bigram"
@@ -53,7 +61,7 @@ PATTERN_HOOK = "blocks.{layer}.attn.hook_pattern"
 
 
 class Node(NamedTuple):
-    """One channel of one site. `final_read` has the layer number `n_layers`."""
+    """One channel of one site. `final_read` has the layer number `n_layers`, `final_resid` that of the last block."""
 
     layer: int
     site: str
@@ -75,10 +83,11 @@ class Place(NamedTuple):
         return SITES[self.site].at(self.layer)
 
 
-def places(cfg: ModelConfig) -> list[Place]:
-    """Every place of a model, in the order of its forward pass."""
+def places(cfg: ModelConfig, sites: Collection[str] = NODE_SITES) -> list[Place]:
+    """Every place of a model that is of one of `sites`, in the order of its forward pass."""
     blocks = [Place(layer, site.name) for layer in range(cfg.n_layers) for site in BLOCK_SITES]
-    return [*blocks, Place(cfg.n_layers, FINAL_READ.name)]
+    ends = [Place(cfg.n_layers - 1, FINAL_RESID.name), Place(cfg.n_layers, FINAL_READ.name)]
+    return [place for place in (*blocks, *ends) if place.site in sites]
 
 
 def width(cfg: ModelConfig, site: str) -> int:
@@ -167,9 +176,9 @@ class NodeValues:
         """The same numbers on the device and in the precision of `like`."""
         return NodeValues({place: v.to(like) for place, v in self.values.items()}, self.kind)
 
-    def check(self, cfg: ModelConfig) -> None:
-        """Raise CircuitError unless there is a number for every node of a model of this shape."""
-        for place in places(cfg):
+    def check(self, cfg: ModelConfig, sites: Collection[str] = NODE_SITES) -> None:
+        """Raise CircuitError unless there is a number for every node at `sites` of a model of this shape."""
+        for place in places(cfg, sites):
             if place not in self.values:
                 raise CircuitError(f"{self.kind}: no values for {place.site} of layer {place.layer}; make them anew.")
             expected, got = (width(cfg, place.site),), tuple(self.values[place].shape)
@@ -182,10 +191,10 @@ class NodeValues:
 
 def check_nodes(nodes: Iterable[Node], cfg: ModelConfig) -> None:
     """Raise CircuitError for a node that a model of this shape does not have."""
-    last = {place.site: place.layer for place in places(cfg)}
+    last = {place.site: place.layer for place in places(cfg, SITES)}
     for node in nodes:
         size = width(cfg, node.site)
-        first = cfg.n_layers if node.site == FINAL_READ.name else 0
+        first = last[node.site] if node.site in (FINAL_RESID.name, FINAL_READ.name) else 0
         if not first <= node.layer <= last[node.site]:
             raise CircuitError(
                 f"{node}: {node.site} exists in layers {first} to {last[node.site]}, not in {node.layer}."
@@ -194,11 +203,12 @@ def check_nodes(nodes: Iterable[Node], cfg: ModelConfig) -> None:
             raise CircuitError(f"{node}: {node.site} has channels 0 to {size - 1}, not {node.channel}.")
 
 
-def masks(nodes: Iterable[Node], cfg: ModelConfig) -> dict[Place, Bool[Tensor, " width"]]:
-    """For every place, which of its channels are among `nodes`."""
+def masks(nodes: Iterable[Node], cfg: ModelConfig, sites: Collection[str] = ()) -> dict[Place, Bool[Tensor, " width"]]:
+    """For every place, which of its channels are among `nodes`; `final_resid` is there if nodes or `sites` name it."""
     nodes = list(nodes)
     check_nodes(nodes, cfg)
-    found = {place: torch.zeros(width(cfg, place.site), dtype=torch.bool) for place in places(cfg)}
+    there = places(cfg, {*NODE_SITES, *sites, *(node.site for node in nodes)})
+    found = {place: torch.zeros(width(cfg, place.site), dtype=torch.bool) for place in there}
     for node in nodes:
         found[Place(node.layer, node.site)][node.channel] = True
     return found

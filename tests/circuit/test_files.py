@@ -48,6 +48,19 @@ def test_a_circuit_made_by_hand_comes_back_too(truth, key_circuit, tmp_path):
     assert back.prune is None and back.tau is None and back.task_name is None
 
 
+def test_the_sites_that_are_held_come_back_and_files_that_do_not_say_hold_what_was_searched(saved, key_circuit):
+    sites = ("neuron", "mlp_write")
+    back = Circuit.load(replace(key_circuit, sites=sites).save(saved))
+    assert back.sites == sites
+
+    def forget(record):
+        del record["sites"]
+        record["prune"] |= {"sites": list(sites), "share_qk": False}
+
+    rewritten(saved, forget)
+    assert Circuit.load(saved).sites == sites
+
+
 def test_the_file_says_what_was_found_how_and_with_what(saved):
     record = json.loads(saved.read_text())
     assert record["format_version"] == 1

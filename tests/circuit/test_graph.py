@@ -9,8 +9,8 @@ import torch
 from sparse_interp.circuit.describe import token_wires
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import mean_activations
-from sparse_interp.model.sites import Node, Place, flat
+from sparse_interp.interventions.ablation import holding_hooks, mean_activations
+from sparse_interp.model.sites import NODE_SITES, Node, Place, flat
 
 
 def edges_by_brute_force(model, nodes):
@@ -96,6 +96,48 @@ def test_inside_running_every_node_outside_holds_its_baseline(plain_model, some_
     for place, kept in circuit.kept.items():
         held = flat(cache[place.hook])[..., ~kept]
         assert torch.equal(held, means[place][~kept].expand_as(held)), place
+
+
+WITH_LAST_STREAM = (*NODE_SITES[:-1], "final_resid")
+
+
+def held_before_the_last_norm(model, nodes, tokens):
+    """A circuit whose last nodes are channels of the stream itself, as in the released ones."""
+    means = mean_activations(model, tokens, sites=WITH_LAST_STREAM)
+    nodes = [n._replace(layer=1, site="final_resid") if n.site == "final_read" else n for n in nodes]
+    return Circuit.of_nodes(model, nodes, means, sites=WITH_LAST_STREAM)
+
+
+def test_a_circuit_may_hold_the_last_stream_before_its_norm(any_model, some_nodes, tokens):
+    circuit = held_before_the_last_norm(any_model, some_nodes(any_model), tokens)
+    last, means = Place(1, "final_resid"), circuit.baseline
+    inside = {place: kept for place, kept in circuit.kept.items() if place.site in NODE_SITES[:-1]}
+    with torch.no_grad():
+        with any_model.hooks(fwd_hooks=holding_hooks(inside, means)):
+            stream = any_model(tokens, stop_at_layer=2)
+        read = any_model.ln_final(torch.where(circuit.kept[last], stream, means[last]))
+        expected = any_model.unembed(read)
+        if any_model.cfg.bigram:
+            expected = expected + any_model.bigram_table[tokens]
+        with circuit.running(any_model):
+            assert torch.allclose(any_model(tokens), expected, atol=1e-6)
+        with circuit.removed(any_model):
+            _, cache = any_model.run_with_cache(tokens)
+    held = cache[last.hook][..., circuit.kept[last]]
+    assert torch.equal(held, means[last][circuit.kept[last]].expand_as(held))
+
+
+def test_channels_of_the_last_stream_are_joined_and_drawn_like_those_of_the_final_read(plain_model, some_nodes, tokens):
+    nodes = some_nodes(plain_model, 0.3)
+    circuit = held_before_the_last_norm(plain_model, nodes, tokens)
+    usual = Circuit.of_nodes(plain_model, nodes, mean_activations(plain_model, tokens))
+    renamed = [
+        column.str.replace("L1.final_resid", "L2.final_read") for column in (circuit.edges.source, circuit.edges.target)
+    ]
+    assert circuit.edges.assign(source=renamed[0], target=renamed[1]).equals(usual.edges)
+    places_of = [[tuple(row) for row in c.plot().collections[0].get_offsets()] for c in (circuit, usual)]
+    assert places_of[0] == places_of[1]
+    assert circuit.bare_page().nodes[-1].site == "final_read" and circuit.bare_page().nodes[-1].layer == 2
 
 
 def test_removed_is_the_other_half(plain_model, some_nodes, tokens):

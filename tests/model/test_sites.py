@@ -5,7 +5,7 @@ import torch
 
 from sparse_interp.errors import CircuitError
 from sparse_interp.model import sites
-from sparse_interp.model.sites import SITES, WIRES, Node, Place, flat, n_nodes, places, width
+from sparse_interp.model.sites import SITES, WIRES, Node, Place, flat, masks, n_nodes, places, width
 
 
 def test_every_place_exists_and_has_the_width_it_declares(any_model, tokens):
@@ -25,6 +25,22 @@ def test_places_come_in_the_order_of_the_forward_pass(plain_model, tokens):
     hooks = [place.hook for place in places(plain_model.cfg)]
     assert [name for name in order if name in hooks] == hooks
     assert len(hooks) == 8 * 2 + 1
+
+
+def test_the_last_stream_is_a_place_only_for_those_who_name_it(any_model, tokens):
+    """`final_resid` is what the last norm reads, in the channels of `final_read`; no node is counted twice."""
+    cfg = any_model.cfg
+    (place,) = set(places(cfg, SITES)) - set(places(cfg))
+    assert place == Place(1, "final_resid") and width(cfg, "final_resid") == width(cfg, "final_read")
+    assert places(cfg, SITES)[-2:] == [place, Place(2, "final_read")]
+    with torch.no_grad():
+        _, cache = any_model.run_with_cache(tokens)
+        assert torch.equal(any_model.ln_final(cache[place.hook]), cache["unembed.hook_in"])
+    assert place not in masks([], cfg)
+    assert not masks([], cfg, ["final_resid"])[place].any()
+    assert masks([Node(*place, 3)], cfg)[place].nonzero().tolist() == [[3]]
+    with pytest.raises(CircuitError, match="final_resid exists in layers 1 to 1, not in 0"):
+        masks([Node(0, "final_resid", 0)], cfg)
 
 
 def test_nodes_are_counted_over_all_places(make_model):
