@@ -49,6 +49,8 @@ VARIANTS = {
     "everything cut": {"afrac": 0.0},
     "residual relu": {"residual_act": "relu"},
     "residual cut": {"afrac_sites": ("resid_mid", "resid_post", "v")},
+    "residual cut on entry": {"afrac_sites": ("resid_pre", "k")},
+    "one entry kept": {"afrac": 0.01, "afrac_min": 1},
 }
 """What differs from the plain model: 2 layers, 12 channels, 3 heads of 5, 20 neurons, 50 tokens, 16 positions."""
 

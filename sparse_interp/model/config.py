@@ -14,7 +14,10 @@ from transformer_lens.config import TransformerLensConfig
 from sparse_interp.errors import ConfigError
 
 ABSTOPK_SITES = ("attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write")
-"""The sites inside a block at which AbsTopK may act; also `resid_mid` and `resid_post`, the stream itself."""
+"""The sites inside a block at which AbsTopK may act."""
+
+STREAM_SITES = ("resid_pre", "resid_mid", "resid_post")
+"""Where it may act on the stream itself: as a block takes it over, after attention has written, after the MLP has."""
 
 _CHOICES = {
     "positions": ("add", "concat", "none"),
@@ -48,8 +51,11 @@ class ModelConfig(TransformerLensConfig):
     afrac: float | None = None
     """Share of entries that AbsTopK keeps at each of `afrac_sites`, in [0, 1]; None switches AbsTopK off."""
 
+    afrac_min: int = 0
+    """Entries that AbsTopK keeps at least, where `afrac` of a site's width is fewer."""
+
     afrac_sites: tuple[str, ...] = ABSTOPK_SITES
-    """Where AbsTopK acts: any of the eight block sites, `resid_mid` and `resid_post`."""
+    """Where AbsTopK acts: any of the eight block sites, and of `resid_pre`, `resid_mid` and `resid_post`."""
 
     sink: bool = True
     """Whether each head has a learned sink logit: one extra term in the softmax's denominator."""
@@ -158,7 +164,9 @@ class ModelConfig(TransformerLensConfig):
             )
         if self.afrac is not None and not 0 <= self.afrac <= 1:
             raise ConfigError(f"afrac={self.afrac} is not a share in [0, 1]; None switches AbsTopK off.")
-        known = (*ABSTOPK_SITES, "resid_mid", "resid_post")
+        if self.afrac_min < 0:
+            raise ConfigError(f"afrac_min={self.afrac_min}; the number of entries kept at least is 0 or more.")
+        known = (*ABSTOPK_SITES, *STREAM_SITES)
         for site in self.afrac_sites:
             if site not in known:
                 raise ConfigError(f"afrac_sites names {site!r}, which is no site; choose from {', '.join(known)}.")

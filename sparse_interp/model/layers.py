@@ -17,16 +17,19 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import HeadVectors, Pattern, Resid
-from sparse_interp.errors import ConfigError
-from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.config import STREAM_SITES, ModelConfig
 from sparse_interp.model.kernels import abs_topk, causal_mask, sink_attention
 
 ForkedResid = Float[Tensor, "batch pos head d_model"]
 Read = Float[Tensor, "batch pos d_read"]
 KeyMask = Bool[Tensor, "batch key"]
+Queries = Float[Tensor, "batch query head d_head"]
+Keys = Float[Tensor, "batch key head d_head"]
+PastKeys = TransformerLensKeyValueCacheEntry
 
 
 def heard(*points: HookPoint) -> bool:
@@ -49,12 +52,12 @@ class Cut(nn.Module):
     def __init__(self, cfg: ModelConfig, site: str, size: int):
         super().__init__()
         active = cfg.afrac is not None and site in cfg.afrac_sites
-        self.k = int(cfg.afrac * size) if active and cfg.afrac is not None else None
+        self.k = max(cfg.afrac_min, int(cfg.afrac * size)) if active and cfg.afrac is not None else None
         """Entries kept, the released code's int(afrac * width); None keeps all."""
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """`x`, cut."""
-        return x if self.k is None or self.k == x.shape[-1] else abs_topk(x, self.k)
+        return x if self.k is None or self.k >= x.shape[-1] else abs_topk(x, self.k)
 
 
 class Norm(nn.Module):
@@ -130,11 +133,21 @@ class Attention(nn.Module):
         self.hook_result = HookPoint()  # batch pos head d_model, with use_attn_result
         self.reset_parameters()
 
-    def forward(self, reads: "dict[str, Read | Float[Tensor, 'batch pos head d_read']]", mask: KeyMask | None) -> Resid:
-        """`reads` holds what q, k and v read: one tensor for all heads, or one per head."""
+    def forward(
+        self,
+        reads: "dict[str, Read | Float[Tensor, 'batch pos head d_read']]",
+        mask: KeyMask | None,
+        past: PastKeys | None = None,
+    ) -> Resid:
+        """`reads` holds what q, k and v read: one tensor for all heads, or one per head.
+
+        With `past`, its keys and values stand before those of this run, and these are added to it unless it is frozen.
+        """
         q = self.hook_q(self._project("Q", reads["q"], self.cut_q))
         k = self.hook_k(self._project("K", reads["k"], self.cut_k))
         v = self.hook_v(self._project("V", reads["v"], self.cut_v))
+        if past is not None:
+            k, v = past.append(k, v)
         z = self.hook_z(self._mix(q, k, v, mask))
         return self._write(z)
 
@@ -148,9 +161,9 @@ class Attention(nn.Module):
             out = read @ weight.permute(1, 0, 2).flatten(1)
         return cut(out + bias.flatten().to(out.dtype)).unflatten(-1, bias.shape)
 
-    def _mix(self, q: HeadVectors, k: HeadVectors, v: HeadVectors, mask: KeyMask | None) -> HeadVectors:
+    def _mix(self, q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> Queries:
         inside = (self.hook_attn_scores, self.hook_sink_logits, self.hook_pattern, self.hook_sink)
-        plain = mask is None and self.cfg.attention_dir == "causal"
+        plain = mask is None and self.cfg.attention_dir == "causal" and q.shape == k.shape
         if self.training and plain and not heard(*inside):
             full = torch.promote_types(q.dtype, torch.float32)  # the CPU's fused backward is slow in bf16
             fused = (t.to(full).transpose(1, 2) for t in (q, k, v))
@@ -159,8 +172,11 @@ class Attention(nn.Module):
         pattern = self.pattern(q, k, mask)
         return torch.einsum("bhqk,bkhd->bqhd", pattern, v.to(pattern.dtype)).contiguous()
 
-    def pattern(self, q: HeadVectors, k: HeadVectors, mask: KeyMask | None) -> Pattern:
-        """Attention weights through their four hook points; what the sink takes is missing from a row's sum."""
+    def pattern(self, q: Queries, k: Keys, mask: KeyMask | None) -> Pattern:
+        """Attention weights through their four hook points; what the sink takes is missing from a row's sum.
+
+        The last query stands at the last key; keys before the first query are those of the past.
+        """
         n_query, n_key = q.shape[1], k.shape[1]
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         seen = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device)
@@ -254,7 +270,7 @@ class Block(nn.Module):
         if cfg.d_pos_emb is not None:
             self.ln1_pos, self.ln2_pos = Norm(cfg, cfg.d_pos_emb), Norm(cfg, cfg.d_pos_emb)
         self.cut_attn_read, self.cut_mlp_read = Cut(cfg, "attn_read", cfg.d_read), Cut(cfg, "mlp_read", cfg.d_read)
-        self.cut_mid, self.cut_post = Cut(cfg, "resid_mid", cfg.d_model), Cut(cfg, "resid_post", cfg.d_model)
+        self.cut_pre, self.cut_mid, self.cut_post = (Cut(cfg, site, cfg.d_model) for site in STREAM_SITES)
         self.hook_resid_pre = HookPoint()  # batch pos d_model
         self.hook_attn_out = HookPoint()  # batch pos d_model
         self.hook_resid_mid = HookPoint()  # batch pos d_model
@@ -278,16 +294,26 @@ class Block(nn.Module):
     @property
     def why_no_sum(self) -> str | None:
         """What keeps the stream from being the sum of what was written to it; None where nothing does."""
-        sites = {"resid_mid": self.cut_mid, "resid_post": self.cut_post}
-        cuts = [site for site, cut in sites.items() if cut.k is not None]
+        cuts = dict(zip(STREAM_SITES, (self.cut_pre, self.cut_mid, self.cut_post), strict=True))
+        cuts = [site for site, cut in cuts.items() if cut.k is not None]
         if cuts:
             return f"AbsTopK at {' and '.join(cuts)}"
         return None if self.cfg.residual_act == "identity" else f"residual_act={self.cfg.residual_act!r}"
 
-    def forward(self, resid: Resid, pos: Float[Tensor, "batch pos d_pos"] | None, mask: KeyMask | None) -> Resid:
-        """The stream after the block. `pos` are concatenated positions; `mask` is False where a key is padding."""
-        resid = self.hook_resid_pre(resid.clone())  # the block before still holds this tensor as its resid_post
-        resid = resid + self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask))
+    def forward(
+        self,
+        resid: Resid,
+        pos: Float[Tensor, "batch pos d_pos"] | None,
+        mask: KeyMask | None,
+        past: PastKeys | None = None,
+    ) -> Resid:
+        """The stream after the block.
+
+        `pos` are concatenated positions; `mask` is False where a key is padding; `past` holds keys of earlier runs.
+        """
+        # cloned, because the block before still holds this tensor as its resid_post
+        resid = self.hook_resid_pre(self.cut_pre(resid.clone()))
+        resid = resid + self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask, past))
         resid = self.hook_resid_mid(self.cut_mid(self._activate(resid)))
         mlp_in = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
         read = self.mlp.hook_in(self.cut_mlp_read(self._with_pos(self.ln2(mlp_in), pos, "ln2_pos")))
@@ -307,27 +333,21 @@ class Block(nn.Module):
         return torch.cat([normed, pos.expand(*normed.shape[:-1], -1)], -1)
 
     def _attention_reads(self, resid: Resid, pos: Tensor | None) -> dict[str, Tensor]:
-        """What q, k and v read: one tensor, or with the split and per-head flags one for each head.
+        """What q, k and v read: one tensor, or with `use_attn_in` or `use_split_qkv_input` one for each head.
 
-        A hook on `attn.hook_in` acts on the forks too: what it changed in the common read is added to each.
+        Heads fork from the stream at `hook_attn_in`, and each head's q, k and v then at `hook_q_input` and its kin. A
+        hook on `attn.hook_in` acts on the forks too: what it changed in the common read is added to each.
         """
+        split, forked = self.cfg.use_split_qkv_input, self.cfg.use_split_qkv_input or self.cfg.use_attn_in
         cut = self.cut_attn_read(self._with_pos(self.ln1(resid), pos, "ln1_pos"))
-        read = self.attn.hook_in(cut.clone() if self._forked else cut)
-        if not self._forked:
+        read = self.attn.hook_in(cut.clone() if forked else cut)
+        if not forked:
             return dict.fromkeys("qkv", read)
-        points = {"q": self.attn.hook_q_input, "k": self.attn.hook_k_input, "v": self.attn.hook_v_input}
-        if not self.cfg.use_split_qkv_input:
-            points = dict.fromkeys("qkv", self.attn.hook_attn_in)
+        heads = resid.unsqueeze(2).repeat(1, 1, self.cfg.n_heads, 1)
+        heads = self.attn.hook_attn_in(heads) if self.cfg.use_attn_in else heads
+        forks = {"qkv": heads}
+        if split:
+            forks = {letter: getattr(self.attn, f"hook_{letter}_input")(heads.clone()) for letter in "qkv"}
         change = (read - cut).unsqueeze(2)
-        forks = {p: p(resid.unsqueeze(2).repeat(1, 1, self.cfg.n_heads, 1)) for p in set(points.values())}
-        reads = {p: self.cut_attn_read(self._with_pos(self.ln1.unhooked(f), pos, "ln1_pos")) for p, f in forks.items()}
-        return {letter: reads[point] + change for letter, point in points.items()}
-
-    @property
-    def _forked(self) -> bool:
-        if self.cfg.use_split_qkv_input and self.cfg.use_attn_in:
-            raise ConfigError(
-                "use_split_qkv_input and use_attn_in are both on, and each says where heads fork from the stream; "
-                "switch one off with model.set_use_attn_in(False) or model.set_use_split_qkv_input(False)."
-            )
-        return self.cfg.use_split_qkv_input or self.cfg.use_attn_in
+        reads = {f: self.cut_attn_read(self._with_pos(self.ln1.unhooked(x), pos, "ln1_pos")) for f, x in forks.items()}
+        return {letter: reads[fork] + change for fork in reads for letter in fork}

@@ -9,9 +9,9 @@ import math
 import numpy as np
 
 
-def abs_topk(x, afrac):
-    """Along the last axis keep the int(afrac * width) entries of largest magnitude."""
-    k = int(afrac * x.shape[-1])
+def abs_topk(x, afrac, at_least=0):
+    """Along the last axis keep the int(afrac * width) entries of largest magnitude, and never fewer than `at_least`."""
+    k = max(at_least, int(afrac * x.shape[-1]))
     out = np.zeros_like(x)
     for at in np.ndindex(x.shape[:-1]):
         for channel in sorted(range(x.shape[-1]), key=lambda c: -abs(x[at][c]))[:k]:
@@ -46,7 +46,8 @@ def forward(cfg, weights, tokens, mask=None):
 
     `cfg` is a dict of the model's fields, `weights` its tensors as arrays; `mask` is 0 at padding.
     """
-    cut = lambda site, x: abs_topk(x, cfg["afrac"]) if cfg["afrac"] is not None and site in cfg["afrac_sites"] else x
+    cuts = [] if cfg["afrac"] is None else cfg["afrac_sites"]
+    cut = lambda site, x: abs_topk(x, cfg["afrac"], cfg["afrac_min"]) if site in cuts else x
     stream_act = lambda x: np.maximum(x, 0) if cfg["residual_act"] == "relu" else x
     gelu = np.vectorize(lambda t: 0.5 * t * (1 + math.erf(t / math.sqrt(2))), otypes=[np.float64])
     act = gelu if cfg["act_fn"] == "gelu" else lambda x: np.maximum(x, 0)
@@ -71,7 +72,7 @@ def forward(cfg, weights, tokens, mask=None):
 
     for layer in range(cfg["n_layers"]):
         block = f"blocks.{layer}"
-        seen[f"{block}.hook_resid_pre"] = x
+        x = seen[f"{block}.hook_resid_pre"] = cut("resid_pre", x)
         a = seen[f"{block}.attn.hook_in"] = read(x, f"{block}.ln1", "attn_read")
         vectors = {}
         for letter in "qkv":
