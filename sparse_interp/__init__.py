@@ -15,6 +15,7 @@ from sparse_interp.errors import DownloadError as DownloadError
 from sparse_interp.errors import SparseInterpError as SparseInterpError
 from sparse_interp.errors import TaskError as TaskError
 from sparse_interp.errors import TokenizerError as TokenizerError
+from sparse_interp.errors import WrongToolWarning as WrongToolWarning
 from sparse_interp.results import Table as Table
 from sparse_interp.corpus import Document as Document
 from sparse_interp.corpus import python_sources as python_sources
@@ -27,6 +28,8 @@ from sparse_interp.model.sites import NodeValues as NodeValues
 from sparse_interp.model.cache import SparseActivationCache as SparseActivationCache
 from sparse_interp.model.transformer import HookedSparseTransformer as HookedSparseTransformer
 from sparse_interp.model.transformer import load as load
+from sparse_interp.model.logits import direct_logit_attribution as direct_logit_attribution
+from sparse_interp.model.logits import induction_loss as induction_loss
 from sparse_interp.model.zoo import baseline_means as baseline_means
 from sparse_interp.model.zoo import models as models
 from sparse_interp.model.zoo import validation_blocks as validation_blocks
