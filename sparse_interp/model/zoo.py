@@ -8,6 +8,7 @@ A name is a folder of `data/models/`.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -111,6 +112,12 @@ def model_folder(name_or_path: str | Path) -> Path:
         f"no model is called {name_or_path!r}; the nearest are {', '.join(near) or '(none are bundled)'}. "
         "A folder that `model.save` wrote is loaded by its path."
     )
+
+
+def cache_folder() -> Path:
+    """Where what was downloaded or converted is kept: `SPARSE_INTERP_CACHE`, else `~/.cache/sparse_interp`."""
+    told = os.environ.get("SPARSE_INTERP_CACHE")
+    return Path(told) if told else Path.home() / ".cache" / "sparse_interp"
 
 
 def _bundled() -> dict[str, Path]:
