@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities import Slice, get_act_name
 
 from sparse_interp.errors import ConfigError, WrongToolWarning
+from sparse_interp.model.aliases import first_name
 
 
 def _as_slice(given: Any) -> Slice:
@@ -30,6 +31,32 @@ class SparseActivationCache(ActivationCache):
     As in TransformerLens, `cache["resid_post", 0]` is short for `cache["blocks.0.hook_resid_post"]`. Decompositions of
     the stream refuse models whose stream is no sum: those with `residual_act="relu"` or AbsTopK on the stream itself.
     """
+
+    # -- by name ------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str | tuple) -> Tensor:
+        """What a hook point saw: by its name, by a second name of it, or in short, as in TransformerLens.
+
+        Raises:
+            KeyError: if the cache does not hold it, saying why.
+        """
+        name = self._name(key)
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        reason = None if self.model is None else self.model.why_silent(name)
+        if reason is None and self.model is not None and name.removesuffix("_grad") not in self.model.hook_dict:
+            reason = "the model has no such hook point"
+        raise KeyError(f"{name} is not in the cache: {reason or 'it was not asked for, or the run did not reach it'}.")
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str | tuple) and self._name(key) in self.cache_dict
+
+    def _name(self, key: str | tuple) -> str:
+        if isinstance(key, tuple) and len(key) > 1 and key[1] is not None and key[1] < 0:
+            key = (key[0], self.model.cfg.n_layers + key[1], *key[2:])
+        if key in self.cache_dict:
+            return key  # pyright: ignore[reportReturnType]
+        return first_name(get_act_name(*key) if isinstance(key, tuple) else get_act_name(key))
 
     # -- what reaches the stream --------------------------------------------------------------------------------------
 
@@ -195,6 +222,29 @@ class SparseActivationCache(ActivationCache):
 
     # -- read for logits ----------------------------------------------------------------------------------------------
 
+    def logit_attrs(
+        self,
+        residual_stack: Float[Tensor, "component *batch_and_pos d_model"],
+        tokens: str | int | Tensor,
+        incorrect_tokens: str | int | Tensor | None = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Float[Tensor, "*component_and_batch_and_pos"]:
+        """What each component adds to the logit of `tokens`, or to its lead over `incorrect_tokens`.
+
+        Tokens: one for all, [batch] (one per prompt, at all of its positions), or [batch pos]; the slices are those of
+        TransformerLens. Adds up to the logits but for `b_U`, LayerNorm's bias and the bigram table.
+        """
+        batch = _as_slice(batch_slice)
+        if has_batch_dim and residual_stack.ndim == 4 and batch.mode != "int":  # 3.9 takes [batch] for [pos]
+            n = len(batch.apply(torch.arange(residual_stack.shape[1]), dim=0))
+            per_prompt = [isinstance(t, Tensor) and t.shape == (n,) for t in (tokens, incorrect_tokens)]
+            if all(per_prompt) or (per_prompt[0] and incorrect_tokens is None):
+                tokens = tokens[:, None]  # pyright: ignore[reportIndexIssue]
+                incorrect_tokens = None if incorrect_tokens is None else incorrect_tokens[:, None]  # pyright: ignore
+        return super().logit_attrs(residual_stack, tokens, incorrect_tokens, pos_slice, batch, has_batch_dim)
+
     def apply_ln_to_stack(self, residual_stack: Tensor, layer: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Components divided by the scale of the norm that reads them at `layer`; arguments as in TransformerLens.
 
@@ -223,8 +273,7 @@ class SparseActivationCache(ActivationCache):
     def pattern_with_sink(self, layer: int) -> Float[Tensor, "*batch head query key_and_sink"]:
         """Attention weights of `layer` with the sink's share as the last key, so that rows sum to 1."""
         pattern = self["pattern", layer]
-        name = f"blocks.{layer % self.model.cfg.n_layers}.attn.hook_sink"
-        sink = self.cache_dict[name] if self.model.cfg.sink else torch.zeros_like(pattern[..., 0])
+        sink = self["sink", layer, "attn"] if self.model.cfg.sink else torch.zeros_like(pattern[..., 0])
         return torch.cat([pattern, sink.unsqueeze(-1)], -1)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "SparseActivationCache":

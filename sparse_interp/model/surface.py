@@ -8,14 +8,18 @@ here is a second way to compute it.
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
 
 from sparse_interp.errors import ConfigError, WrongToolWarning
+from sparse_interp.model.aliases import first_name, position_axis, second_names
 from sparse_interp.model.cache import SparseActivationCache
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.layers import Block
@@ -33,7 +37,10 @@ _SWITCHES = {
 
 def _stacked(part: str, name: str, axes: str) -> property:
     def get(self: "TransformerLensSurface") -> Tensor:
-        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+        weights = [getattr(getattr(block, part), name) for block in self.blocks]
+        if weights[0] is None:
+            raise AttributeError(name)  # so that hasattr says whether the model has it
+        return torch.stack(weights)
 
     return property(get, doc=f"`{part}.{name}` of every block, [{axes}].")
 
@@ -67,34 +74,63 @@ class TransformerLensSurface(HookedRootModule):
         batch = model_args[0] if model_args else kwargs.get("input")
         if remove_batch_dim and not isinstance(batch, str) and getattr(batch, "ndim", 2) > 1 and len(batch) != 1:
             raise ConfigError(f"remove_batch_dim takes a batch of one; got {len(batch)}.")
+        if isinstance(batch, Tensor) and batch.ndim == 1 and model_args:  # TransformerLens takes its length for a batch
+            model_args = (batch[None], *model_args[1:])
         out, cache = super().run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
             return out, cache
         return out, SparseActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
-        """Hooks that fill a cache, as in TransformerLens.
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict, list, list]:
+        """Hooks that fill a cache: `(cache, forward hooks, backward hooks)`, as in TransformerLens.
 
-        Points that cannot fire are left out where None or a function chose them, and refused where they were named.
+        Points that cannot fire are left out where None or a function chose them among others, and refused where they
+        were named or chosen alone. What was asked for by a second name is in the cache under both.
         """
-        if names_filter is None or callable(names_filter):
-            chosen = names_filter
-            names_filter = [n for n in self.hook_dict if self.why_silent(n) is None and (chosen is None or chosen(n))]
-        else:
-            for name in [names_filter] if isinstance(names_filter, str) else names_filter:
-                self._refuse_silent(name)
-        return super().get_caching_hooks(names_filter, *args, **kwargs)
+        cache, at = {} if cache is None else cache, Slice.unwrap(pos_slice)
+        self.is_caching = True
+
+        def save(tensor: Tensor, hook: HookPoint, keys: tuple[str, ...]) -> None:
+            kept, axis = tensor.detach().to(device), position_axis(keys[0])
+            if remove_batch_dim and len(kept) == 1:
+                kept, axis = kept[0], axis - 1
+            cache.update(dict.fromkeys(keys, at.apply(kept, dim=axis)))
+
+        fwd, bwd = [], []
+        for name, keys in self._chosen(names_filter).items():
+            fwd.append((name, partial(save, keys=keys)))
+            if incl_bwd:
+                bwd.append((name, partial(save, keys=tuple(f"{key}_grad" for key in keys))))
+        return cache, fwd, bwd
+
+    def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Add hooks that fill a cache in every run until `reset_hooks`, and return the cache, as in TransformerLens."""
+        cache, fwd, bwd = self.get_caching_hooks(names_filter, *args, **kwargs)
+        for hooks, direction in ((fwd, "fwd"), (bwd, "bwd")):
+            for name, hook in hooks:
+                self.add_hook(name, hook, direction)
+        return cache
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         """Add a hook that stays until `reset_hooks`, as in TransformerLens."""
-        if isinstance(name, str):
-            self._refuse_silent(name)
+        name = self._named(name) if isinstance(name, str) else self._not_all_silent(name)
         super().add_hook(name, *args, **kwargs)
 
     def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
-        self._refuse_silent(name)
+        name = self._named(name)
         self._warn_of_direct_path(name, hook)
         super()._enable_hook_with_name(name, hook, dir)
+
+    def _enable_hooks_for_points(self, hook_points: Any, enabled: Callable, hook: Callable, dir: Any) -> None:
+        super()._enable_hooks_for_points(hook_points, self._not_all_silent(enabled), hook, dir)
 
     def _warn_of_direct_path(self, name: str, hook: Callable) -> None:
         """Warn of TransformerLens' direct path patching, which is known by the hook that it makes, where it is wrong.
@@ -114,14 +150,44 @@ class TransformerLensSurface(HookedRootModule):
                 stacklevel=2,
             )
 
-    def _refuse_silent(self, name: str) -> None:
-        """Raise KeyError for a name that is no hook point, and ConfigError for one that cannot fire."""
-        if name not in self.mod_dict:
-            near = get_close_matches(name, self.hook_dict, n=1)
+    # -- choosing hook points -----------------------------------------------------------------------------------------
+
+    def _chosen(self, names_filter: Any) -> dict[str, tuple[str, ...]]:
+        """For the first name of every point that a `names_filter` chooses: the keys that its tensor gets in a cache."""
+        if names_filter is None or callable(names_filter):
+            chosen = self._not_all_silent(names_filter or (lambda name: True))
+            return {name: (name,) for name in self.hook_dict if chosen(name) and self.why_silent(name) is None}
+        if not isinstance(names_filter, str | list):
+            raise ConfigError(f"names_filter takes a name, a list of names or a function; got {names_filter!r:.80}.")
+        keys: dict[str, tuple[str, ...]] = {}
+        for asked in [names_filter] if isinstance(names_filter, str) else names_filter:
+            name = self._named(asked)
+            keys[name] = tuple(dict.fromkeys((*keys.get(name, (name,)), asked)))
+        return {name: keys[name] for name in self.mod_dict if name in keys}
+
+    def _named(self, name: str) -> str:
+        """The first name of a hook point.
+
+        Raises:
+            KeyError: for a name that is neither a hook point's nor a module's.
+            ConfigError: for a hook point that cannot fire.
+        """
+        first = first_name(name)
+        if first not in self.mod_dict:
+            near = get_close_matches(name, [*self.hook_dict, *second_names(self.cfg.n_layers)], n=1)
             raise KeyError(f"{name} is no hook point of this model." + (f" Did you mean {near[0]}?" if near else ""))
-        reason = self.why_silent(name)
+        reason = self.why_silent(first)
         if reason is not None:
-            raise ConfigError(f"a hook on {name} would never fire: {reason}.")
+            known_as = "" if first == name else f", which is {first},"
+            raise ConfigError(f"a hook on {name}{known_as} would never fire: {reason}.")
+        return first
+
+    def _not_all_silent(self, chosen: Callable[[str], bool]) -> Callable[[str], bool]:
+        """The function itself; ConfigError if it chooses hook points, and none of them can fire."""
+        names = [name for name in self.hook_dict if chosen(name)]
+        if names and all(self.why_silent(name) is not None for name in names):
+            self._named(names[0])
+        return chosen
 
     def why_silent(self, name: str) -> str | None:
         """Why the hook point `name` does not fire in this model as it is set now; None if it does."""
@@ -177,7 +243,11 @@ class TransformerLensSurface(HookedRootModule):
     W_K = _stacked("attn", "W_K", "layer head d_model d_head")
     W_V = _stacked("attn", "W_V", "layer head d_model d_head")
     W_O = _stacked("attn", "W_O", "layer head d_head d_model")
+    W_Q_pos = _stacked("attn", "W_Q_pos", "layer head d_pos d_head")
+    W_K_pos = _stacked("attn", "W_K_pos", "layer head d_pos d_head")
+    W_V_pos = _stacked("attn", "W_V_pos", "layer head d_pos d_head")
     W_in = _stacked("mlp", "W_in", "layer d_model d_mlp")
+    W_in_pos = _stacked("mlp", "W_in_pos", "layer d_pos d_mlp")
     W_out = _stacked("mlp", "W_out", "layer d_mlp d_model")
     b_Q = _stacked("attn", "b_Q", "layer head d_head")
     b_K = _stacked("attn", "b_K", "layer head d_head")

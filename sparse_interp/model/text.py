@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
-from transformer_lens.utilities import sample_logits
 
 from sparse_interp.axes import Tokens
-from sparse_interp.errors import ConfigError, TokenizerError
+from sparse_interp.errors import TokenizerError
 from sparse_interp.model.config import ModelConfig
 
 Mask = Int[Tensor, "batch pos"]
@@ -69,7 +67,8 @@ class TextMethods:
             move_to_device: whether the ids go to the model's device.
             truncate: whether to cut texts at `cfg.n_ctx` tokens.
 
-        Left padding needs its mask too: give the texts themselves to the model, or see `to_tokens_and_mask`.
+        Left padding needs its mask too: give the texts themselves to the model, or say `padding_side="left"` there
+        as well, or see `to_tokens_and_mask`.
         """
         return self.to_tokens_and_mask(input, prepend_bos, padding_side, move_to_device, truncate)[0]
 
@@ -184,10 +183,13 @@ class TextMethods:
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         attention_mask: Tensor | None = None,
+        n_past: int = 0,
     ) -> tuple[Tokens, Mask | None]:
         """Token ids [batch pos] and their mask, checked, from whatever `forward` was given.
 
-        The mask is None where nothing is padding; texts of different lengths bring their own.
+        The mask is None where nothing is padding. Texts of different lengths bring their own; of ids that come without
+        one, leading padding is masked where `padding_side`, or else the tokenizer's, is `left`, as in TransformerLens.
+        `n_past` tokens were read before.
 
         Raises:
             TokenizerError: for ids outside the vocabulary, too many tokens, or a mask that does not fit.
@@ -202,20 +204,25 @@ class TextMethods:
                     f"token ids are integers; got {tokens.dtype}. A residual stream is taken with start_at_layer=."
                 )
             tokens = tokens.long().to(self.embed.W_E.device)
-        tokens = self._checked_tokens(tokens[None] if tokens.ndim == 1 else tokens)
-        return tokens, self._checked_mask(attention_mask, tokens.shape)
+        tokens = self._checked_tokens(tokens[None] if tokens.ndim == 1 else tokens, n_past)
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        if attention_mask is None and self.tokenizer is not None and side == "left":
+            attention_mask = self._mask_of_leading_padding(tokens, prepend_bos)
+        return tokens, self._checked_mask(attention_mask, tokens.shape, n_past)
 
-    def _checked_tokens(self, tokens: Tensor) -> Tokens:
+    def _mask_of_leading_padding(self, tokens: Tokens, prepend_bos: bool | None) -> Mask:
+        """0 at leading padding; where bos looks like padding and texts begin with it, the last of these is a bos."""
+        bos = self.cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        leading = (tokens == self.tokenizer.pad_token_id).long().cumprod(-1).sum(-1, keepdim=True)
+        first = leading - int(bos and self.tokenizer.bos_token_id == self.tokenizer.pad_token_id)
+        return (torch.arange(tokens.shape[1], device=tokens.device) >= first).long()
+
+    def _checked_tokens(self, tokens: Tensor, n_past: int) -> Tokens:
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise TokenizerError(
                 f"token ids have shape [pos] or [batch pos] and at least one token; got shape {list(tokens.shape)}."
             )
-        n, n_ctx = tokens.shape[1], self.cfg.n_ctx
-        if n > n_ctx:
-            raise TokenizerError(
-                f"{n} tokens, and the model takes at most n_ctx={n_ctx}: shorten the text, keep the beginning with "
-                f"to_tokens(..., truncate=True), or keep the end with tokens[:, -{n_ctx}:]."
-            )
+        self._check_length(tokens.shape[1], n_past)
         if tokens.device.type == "cpu" or not self.training:  # elsewhere the check would wait for the device
             bad = (tokens < 0) | (tokens >= self.cfg.d_vocab)
             if bool(bad.any()):
@@ -226,7 +233,20 @@ class TextMethods:
                 )
         return tokens
 
-    def _checked_mask(self, mask: Tensor | None, shape: Sequence[int]) -> Mask | None:
+    def _check_length(self, n: int, n_past: int) -> None:
+        n_ctx = self.cfg.n_ctx
+        if n_past and n_past + n > n_ctx:
+            raise TokenizerError(
+                f"{n} tokens after the {n_past} in past_kv_cache, and the model takes at most n_ctx={n_ctx}: begin "
+                "again with a shorter text and a new cache."
+            )
+        if n > n_ctx:
+            raise TokenizerError(
+                f"{n} tokens, and the model takes at most n_ctx={n_ctx}: shorten the text, keep the beginning with "
+                f"to_tokens(..., truncate=True), or keep the end with tokens[:, -{n_ctx}:]."
+            )
+
+    def _checked_mask(self, mask: Tensor | None, shape: Sequence[int], n_past: int = 0) -> Mask | None:
         if mask is None:
             return None
         mask = mask[None] if mask.ndim == 1 else mask
@@ -235,92 +255,12 @@ class TextMethods:
         mask = mask.to(self.embed.W_E.device)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise TokenizerError("attention_mask holds 1 for tokens and 0 for padding, and nothing else.")
-        if not bool((mask == 1).any(-1).all()):
+        if not n_past and not bool((mask == 1).any(-1).all()):
             row = int((mask == 1).any(-1).int().argmin())
             raise TokenizerError(f"row {row} of attention_mask has no token; drop that row from the batch.")
         return None if bool((mask == 1).all()) else mask.long()
 
-    # -- generation ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input: Any = "",
-        max_new_tokens: int = 10,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = True,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float = 1.0,
-        freq_penalty: float = 0.0,
-        use_past_kv_cache: bool = True,
-        prepend_bos: bool | None = None,
-        padding_side: str | None = None,
-        return_type: str | None = "input",
-        verbose: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> str | list[str] | Tokens:
-        """Continue a text, several texts, or token ids.
-
-        Texts come back as texts with their prompts, special tokens left out; ids come back as ids, a row that has
-        finished filled up with its eos token. Texts of different lengths are padded on the left.
-
-        Args:
-            input: a text, a list of texts, or ids [pos] or [batch pos].
-            max_new_tokens: tokens to add at most. The prompt and all but the last of them must fit into `cfg.n_ctx`;
-                nothing is cropped.
-            stop_at_eos: whether a row ends at the eos token.
-            eos_token_id: that token, or several; None takes the tokenizer's.
-            do_sample: whether to draw, or to take the largest logit.
-            top_k, top_p, temperature, freq_penalty: as `transformer_lens.utilities.sample_logits` takes them.
-            use_past_kv_cache: accepted because TransformerLens has it; every step is a whole forward pass.
-            prepend_bos: for text; None takes `cfg.default_prepend_bos`.
-            padding_side: accepted because TransformerLens has it; generation pads on the left.
-            return_type: `input` (what came in), `str` or `tokens`.
-            verbose: whether to show a progress bar.
-            generator: a CPU generator to draw from; None draws from torch's global one.
-
-        Raises:
-            TokenizerError: if the text would outgrow the context, or no eos token is known.
-        """
-        if return_type not in ("input", "str", "tokens"):
-            raise ConfigError(f"return_type={return_type!r}; choose 'input', 'str' or 'tokens'.")
-        is_text = isinstance(input, str) or (isinstance(input, list | tuple) and input and isinstance(input[0], str))
-        tokens, mask = self.input_to_tokens(input, prepend_bos, "left")
-        n_prompt, n_ctx = tokens.shape[1], self.cfg.n_ctx
-        if n_prompt + max_new_tokens - 1 > n_ctx:
-            raise TokenizerError(
-                f"a prompt of {n_prompt} tokens and {max_new_tokens} new ones do not fit into n_ctx={n_ctx}: "
-                f"ask for at most {n_ctx - n_prompt + 1}, or shorten the prompt."
-            )
-        stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
-        mask = torch.ones_like(tokens) if mask is None else mask
-        draw = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "freq_penalty": freq_penalty}
-        with evaluating(self), _drawing_from(generator):
-            finished = torch.zeros(len(tokens), dtype=torch.bool)
-            for _ in tqdm(range(max_new_tokens), disable=not verbose, desc="generate"):
-                logits = self(tokens, attention_mask=mask)[:, -1].cpu()  # pyright: ignore[reportCallIssue]
-                new = sample_logits(logits, tokens=tokens.cpu(), **draw) if do_sample else logits.argmax(-1)
-                new = torch.where(finished, torch.tensor(stops[0] if stops else 0), new)
-                finished |= torch.isin(new, torch.tensor(stops, dtype=torch.long))
-                tokens = torch.cat([tokens, new[:, None].to(tokens.device)], 1)
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                if bool(finished.all()):
-                    break
-        if return_type == "tokens" or (return_type == "input" and not is_text):
-            return tokens
-        tokenizer = self._need_tokenizer()
-        rows = [row[real.bool()].tolist() for row, real in zip(tokens, mask, strict=True)]
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        return texts if isinstance(input, list | tuple) or len(texts) > 1 else texts[0]
-
-    def _stop_tokens(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
-        if eos_token_id is None:
-            if self.tokenizer is None:
-                raise TokenizerError("stop_at_eos needs a tokenizer or eos_token_id=; else pass stop_at_eos=False.")
-            return [self.tokenizer.eos_token_id]
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    # -- its tokenizer ------------------------------------------------------------------------------------------------
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -354,17 +294,3 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """torch's global CPU generator stands in for `generator`, and is put back as it was."""
-    if generator is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(generator.get_state())
-        try:
-            yield
-        finally:
-            generator.set_state(torch.get_rng_state())

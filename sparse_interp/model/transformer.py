@@ -8,11 +8,13 @@ figures are hooks on it.
 """
 
 import copy
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformer_lens import TransformerLensKeyValueCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import lm_cross_entropy_loss
 
@@ -20,11 +22,11 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError, TokenizerError
 from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.generation import Generation
 from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
 from sparse_interp.model.loading import Loading
 from sparse_interp.model.surface import TransformerLensSurface
-from sparse_interp.model.text import TextMethods
 
 
 class Output(NamedTuple):
@@ -101,7 +103,7 @@ class Unembed(nn.Module):
         nn.init.zeros_(self.b_U)
 
 
-class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensSurface):
+class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSurface):
     """A transformer whose weights and activations may be sparse, on TransformerLens hooks.
 
     Args:
@@ -168,6 +170,7 @@ class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensS
         tokens: Int[Tensor, "*batch pos"] | None = None,
         attention_mask: Int[Tensor, "*batch pos"] | Bool[Tensor, "*batch pos"] | None = None,
         stop_at_layer: int | None = None,
+        past_kv_cache: TransformerLensKeyValueCache | None = None,
     ) -> Any:
         """Run the model.
 
@@ -184,22 +187,31 @@ class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensS
             attention_mask: 1 for tokens, 0 for padding on either side; padding gets no attention, positions count
                 from the first token, and the loss leaves padding out.
             stop_at_layer: first block not to run; returns the stream [batch pos d_model] there.
+            past_kv_cache: keys and values (after AbsTopK) of the tokens that came before, and where those were
+                padding; this run is added to it unless it is frozen. Masks, positions and losses of the call are
+                those of its own tokens. Make one with `TransformerLensKeyValueCache.init_cache(model.cfg,
+                model.cfg.device, batch_size)`.
 
         Raises:
-            ConfigError: for an unknown `return_type`, or tokens missing where they are needed.
-            TokenizerError: for token ids outside the vocabulary, or more tokens than `cfg.n_ctx`.
+            ConfigError: for an unknown `return_type`, tokens missing where they are needed, or a cache that does not
+                fit.
+            TokenizerError: for token ids outside the vocabulary, or more tokens than `cfg.n_ctx`, the past included.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ConfigError(f"return_type={return_type!r}; choose 'logits', 'loss', 'both' or None.")
+        n_past = 0 if past_kv_cache is None else past_kv_cache.previous_attention_mask.shape[1]
         if start_at_layer is None:
-            tokens, attention_mask = self.input_to_tokens(input, prepend_bos, padding_side, attention_mask)
-            resid, pos = self.input_to_embed(tokens, attention_mask)
+            tokens, attention_mask = self.input_to_tokens(input, prepend_bos, padding_side, attention_mask, n_past)
+            shape = tokens.shape
         else:
-            tokens, attention_mask = self._beside_stream(input, tokens, attention_mask)
-            resid, pos = input, self._positional_read(tokens, attention_mask, input.shape[:2])
-        mask = None if attention_mask is None else attention_mask.bool()
-        for block in self._blocks_between(start_at_layer, stop_at_layer):
-            resid = block(resid, pos, mask)
+            tokens, attention_mask = self._beside_stream(input, tokens, attention_mask, n_past)
+            shape = input.shape[:2]
+        blocks = self._blocks_between(start_at_layer, stop_at_layer)
+        mask, positions = self._context(attention_mask, past_kv_cache, shape, blocks)
+        resid = input if start_at_layer is not None else self.input_to_embed(tokens, positions)
+        pos = None if self.cfg.positions != "concat" else self.hook_pos_cat(self.pos_embed(positions))
+        for layer, block in blocks.items():
+            resid = block(resid, pos, mask, None if past_kv_cache is None else past_kv_cache[layer])
         if stop_at_layer is not None:
             return resid
         if tokens is not None and tokens.shape[1] < 2 and return_type in ("loss", "both"):
@@ -218,7 +230,9 @@ class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensS
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
-    def _beside_stream(self, resid: Any, tokens: Any, attention_mask: Any) -> tuple[Tokens | None, Any]:
+    def _beside_stream(
+        self, resid: Any, tokens: Any, attention_mask: Any, n_past: int
+    ) -> tuple[Tokens | None, Int[Tensor, "batch pos"] | None]:
         """Tokens and mask that belong to a residual stream given with `start_at_layer`, checked."""
         shape = getattr(resid, "shape", None)
         if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[2] != self.cfg.d_model:
@@ -226,38 +240,74 @@ class HookedSparseTransformer(TextMethods, ModelFiles, Loading, TransformerLensS
                 f"with start_at_layer the input is a residual stream [batch pos d_model={self.cfg.d_model}]; "
                 f"got {type(resid).__name__}" + (f" of shape {list(shape)}." if shape is not None else ".")
             )
+        self._check_length(resid.shape[1], n_past)
         if tokens is not None:
-            tokens, _ = self.input_to_tokens(tokens)
+            tokens = self._checked_tokens(torch.atleast_2d(tokens).long().to(resid.device), n_past)
             if tokens.shape != resid.shape[:2]:
                 raise ConfigError(f"tokens {list(tokens.shape)} do not fit a stream {list(resid.shape)}.")
-        return tokens, self._checked_mask(attention_mask, resid.shape[:2])
+        return tokens, self._checked_mask(attention_mask, resid.shape[:2], n_past)
 
-    def _blocks_between(self, start: int | None, stop: int | None) -> list[Block]:
+    def _blocks_between(self, start: int | None, stop: int | None) -> dict[int, Block]:
+        """The blocks to run, each with its layer."""
         for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
             if layer is not None and not -self.cfg.n_layers <= layer <= self.cfg.n_layers:
                 raise ConfigError(f"{name}={layer}, and the model has {self.cfg.n_layers} layers.")
-        return self.layers[start:stop]
+        return dict(list(enumerate(self.layers))[start:stop])
 
-    def input_to_embed(
-        self, tokens: Tokens, attention_mask: Int[Tensor, "batch pos"] | None
-    ) -> tuple[Resid, Float[Tensor, "batch pos d_pos"] | None]:
-        """The stream before the first block, and the concatenated positions if the model has them."""
-        resid = self.hook_embed(self.embed(tokens))
-        pos = self._positional_read(tokens, attention_mask, tokens.shape)
-        if self.pos_embed is not None and self.cfg.positions == "add":
-            resid = resid + self.hook_pos_embed(self.pos_embed(self._positions(attention_mask, tokens.shape)))
-        return resid, pos
+    def _context(
+        self,
+        mask: Int[Tensor, "batch pos"] | None,
+        cache: TransformerLensKeyValueCache | None,
+        shape: Sequence[int],
+        blocks: Collection[int],
+    ) -> tuple[Bool[Tensor, "batch key"] | None, Int[Tensor, "batch pos"]]:
+        """Which keys are no padding, those of the past included (None: all), and the position of each new token.
 
-    def _positions(self, attention_mask: Tensor | None, shape: torch.Size) -> Int[Tensor, "batch pos"]:
-        if attention_mask is None:
-            return torch.arange(shape[1], device=self.embed.W_E.device).repeat(shape[0], 1)
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        Positions count from a row's first token.
+        """
+        batch, n = shape
+        n_past = 0
+        if cache is not None:
+            n_past = self._checked_past(cache, batch, blocks)
+            new = torch.ones(batch, n, dtype=torch.long, device=self.embed.W_E.device) if mask is None else mask
+            mask = cache.append_attention_mask(new).to(new.device)
+            mask = None if bool((mask == 1).all()) else mask
+        if mask is None:
+            return None, torch.arange(n_past, n_past + n, device=self.embed.W_E.device).repeat(batch, 1)
+        return mask.bool(), (mask.long().cumsum(-1) - 1).clamp(min=0)[:, n_past:]
 
-    def _positional_read(self, tokens: Tokens | None, attention_mask: Tensor | None, shape: Any) -> Tensor | None:
-        if self.cfg.positions != "concat":
-            return None
-        assert self.pos_embed is not None
-        return self.hook_pos_cat(self.pos_embed(self._positions(attention_mask, torch.Size(shape))))
+    def _checked_past(self, cache: TransformerLensKeyValueCache, batch: int, blocks: Collection[int]) -> int:
+        """How many tokens a cache holds, after a check that it holds them for these blocks of this model."""
+        if self.cfg.attention_dir != "causal":
+            raise ConfigError(
+                "past_kv_cache with attention_dir='bidirectional': what a token is depends on those after it, so "
+                "nothing of it can be kept. Run the whole text."
+            )
+        if len(cache.entries) != self.cfg.n_layers:
+            raise ConfigError(
+                f"past_kv_cache has {len(cache.entries)} layers, and the model {self.cfg.n_layers}: make it from cfg."
+            )
+        n_past = cache.previous_attention_mask.shape[1]
+        expected = (batch, n_past, self.cfg.n_heads, self.cfg.d_head)
+        for layer in blocks:
+            got = tuple(cache[layer].past_keys.shape)
+            if got != expected:
+                raise ConfigError(
+                    f"past_kv_cache holds keys {list(got)} in layer {layer}, and this run needs {list(expected)}, "
+                    "[batch past head d_head]: it belongs to another model or batch, or has seen a run that failed or "
+                    "left this layer out. Make a new one."
+                )
+        return n_past
+
+    def input_to_embed(self, tokens: Tokens, positions: Int[Tensor, "batch pos"]) -> Resid:
+        """The stream before the first block."""
+        return self.add_positions(self.hook_embed(self.embed(tokens)), positions)
+
+    def add_positions(self, embedded: Resid, positions: Int[Tensor, "batch pos"]) -> Resid:
+        """Token vectors with the vectors of their positions, if this model adds any."""
+        if self.pos_embed is None or self.cfg.positions != "add":
+            return embedded
+        return embedded + self.hook_pos_embed(self.pos_embed(positions))
 
     def _logits(self, resid: Resid, tokens: Tokens | None) -> Logits:
         logits = self.unembed(self.ln_final(resid))

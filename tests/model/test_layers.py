@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from sparse_interp.errors import ConfigError
 from sparse_interp.model.layers import Cut, Norm, heard, redraw_
 from sparse_interp.model.sites import flat, places, width
 
@@ -86,11 +85,15 @@ def test_editing_the_sink_logit_moves_attention(plain_model, tokens):
     assert not whole and not cache["blocks.0.attn.hook_pattern"].any()
 
 
-def test_two_ways_to_fork_the_stream_at_once_are_refused(plain_model, tokens):
-    plain_model.set_use_split_qkv_input(True)
+def test_heads_that_fork_twice_hear_the_first_fork_in_the_second(plain_model, tokens):
     plain_model.set_use_attn_in(True)
-    with pytest.raises(ConfigError, match="use_split_qkv_input and use_attn_in are both on"):
-        plain_model(tokens)
+    double = ("blocks.1.attn.hook_attn_in", lambda heads, hook: heads * torch.tensor([2.0, 1.0, 1.0])[:, None] + 0.1)
+    edited = plain_model.run_with_hooks(tokens, fwd_hooks=[double])
+    plain_model.set_use_split_qkv_input(True)
+    cache, hooks, _ = plain_model.get_caching_hooks(lambda name: name.startswith("blocks.1.attn"))
+    torch.testing.assert_close(plain_model.run_with_hooks(tokens, fwd_hooks=[double, *hooks]), edited)
+    for letter in "qkv":
+        assert torch.equal(cache[f"blocks.1.attn.hook_{letter}_input"], cache["blocks.1.attn.hook_attn_in"])
 
 
 def test_a_hook_is_heard_and_then_no_longer(plain_model):
