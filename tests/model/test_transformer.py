@@ -6,8 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from transformer_lens import TransformerLensKeyValueCache
 
 from sparse_interp.errors import ConfigError, TokenizerError
+from sparse_interp.model.aliases import position_axis
 from sparse_interp.model.transformer import HookedSparseTransformer
 
 SITES = ("attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write", "resid_mid", "resid_post")
@@ -281,6 +283,153 @@ def test_a_padded_run_can_be_resumed_with_its_mask(plain_model, tokens):
     resid = plain_model(tokens, attention_mask=mask, stop_at_layer=1)
     resumed = plain_model(resid, start_at_layer=1, tokens=tokens, attention_mask=mask)
     assert torch.equal(resumed, plain_model(tokens, attention_mask=mask))
+
+
+# -- one text in several runs -----------------------------------------------------------------------------------------
+
+
+def new_cache(model, batch):
+    return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
+
+
+def test_a_text_read_in_parts_is_the_text_read_at_once(any_model, tokens):
+    if any_model.cfg.attention_dir == "bidirectional":
+        pytest.skip("refused, see below")
+    whole, seen = any_model.run_with_cache(tokens)
+    past = new_cache(any_model, 3)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        logits = any_model(tokens[:, part], past_kv_cache=past)
+        torch.testing.assert_close(logits, whole[:, part], atol=1e-5, rtol=1e-5)
+    for layer in (0, 1):
+        for name, kept in (("k", past[layer].past_keys), ("v", past[layer].past_values)):
+            assert kept.shape == (3, 7, 3, 5)
+            torch.testing.assert_close(kept, seen[name, layer], atol=1e-5, rtol=1e-5)
+            assert torch.equal(kept != 0, seen[name, layer] != 0)  # what AbsTopK left
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["add", "concat", "none"])
+def test_padding_in_any_part_of_a_text_is_as_if_it_were_not_there(side, positions, make_model, tokens):
+    model = make_model(dtype=torch.float64, positions=positions, d_pos_emb=3 if positions == "concat" else None)
+    past, read = new_cache(model, 3), [[], [], []]
+    for lengths in ((4, 2, 1), (2, 3, 0), (1, 1, 1)):
+        n = max(lengths)
+        part, mask = torch.full((3, n), 49), torch.zeros(3, n, dtype=torch.long)
+        where = [slice(n - length, n) if side == "left" else slice(length) for length in lengths]
+        for row, (length, at) in enumerate(zip(lengths, where, strict=True)):
+            new = tokens[row, len(read[row]) : len(read[row]) + length]
+            part[row, at], mask[row, at] = new, 1
+            read[row] += new.tolist()
+        logits = model(part, attention_mask=mask, past_kv_cache=past)
+        for row, (length, at) in enumerate(zip(lengths, where, strict=True)):
+            torch.testing.assert_close(logits[row, at], model(torch.tensor(read[row]))[0, -length or 99 :])
+    assert past.previous_attention_mask.shape == (3, 8)
+
+
+def test_with_a_past_hooks_see_the_new_tokens_and_attention_all(make_model, tokens):
+    for changes in ({}, {"afrac": None, "sink": False, "bigram": False}, {"positions": "concat", "d_pos_emb": 3}):
+        model = make_model(**changes)
+        switch_all(model)
+        _, whole = model.run_with_cache(tokens)
+        past = new_cache(model, 3)
+        model(tokens[:, :5], past_kv_cache=past)
+        _, cache = model.run_with_cache(tokens[:, 5:], past_kv_cache=past)
+        assert set(cache) == set(whole)
+        for name, activation in cache.items():
+            expected = whole[name].narrow(position_axis(name), 5, 2)
+            torch.testing.assert_close(activation, expected, atol=1e-5, rtol=1e-5, msg=name)
+        assert cache["pattern", 1].shape == (3, 3, 2, 7) and cache.pattern_with_sink(1).shape == (3, 3, 2, 8)
+        stream = cache.get_full_resid_decomposition(2).sum(0)
+        torch.testing.assert_close(stream, cache["resid_post", 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_past_serves_many_continuations(plain_model, tokens):
+    past = new_cache(plain_model, 3)
+    plain_model(tokens[:, :4], past_kv_cache=past)
+    past.freeze()
+    for continuation in (tokens[:, 4:], tokens[:, 4:].flip(0)):
+        logits = plain_model(continuation, past_kv_cache=past)
+        at_once = plain_model(torch.cat([tokens[:, :4], continuation], 1))
+        torch.testing.assert_close(logits, at_once[:, 4:], atol=1e-5, rtol=1e-5)
+    assert past[0].past_keys.shape[1] == past.previous_attention_mask.shape[1] == 4
+    past.unfreeze()
+    plain_model(tokens[:, 4:], past_kv_cache=past)
+    assert past[1].past_values.shape[1] == 7
+
+
+def test_a_loss_after_a_past_is_that_of_the_new_tokens(plain_model, tokens):
+    per_token = plain_model(tokens, return_type="loss", loss_per_token=True)
+    mask = torch.ones_like(tokens)
+    for n_masked in (0, 1):
+        past = new_cache(plain_model, 3)
+        plain_model(tokens[:, :4], past_kv_cache=past)
+        mask[0, 7 - n_masked :] = 0
+        both = plain_model(tokens[:, 4:], return_type="both", attention_mask=mask[:, 4:], past_kv_cache=past)
+        kept = per_token[:, 4:][(mask[:, 5:]).bool()]
+        torch.testing.assert_close(both.loss, kept.mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_stream_with_its_past_resumes_in_the_middle(plain_model, tokens):
+    expected, cache = plain_model.run_with_cache(tokens)
+    past = new_cache(plain_model, 3)
+    plain_model(tokens[:, :4], past_kv_cache=past)
+    stream = cache["resid_pre", 0][:, 4:]
+    logits = plain_model(stream, start_at_layer=0, tokens=tokens[:, 4:], past_kv_cache=past)
+    torch.testing.assert_close(logits, expected[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_training_reads_a_past_as_evaluation_does(plain_model, tokens):
+    expected = plain_model(tokens)
+    plain_model.train()
+    past = new_cache(plain_model, 3)
+    plain_model(tokens[:, :4], past_kv_cache=past)
+    torch.testing.assert_close(plain_model(tokens[:, 4:], past_kv_cache=past), expected[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_past_is_kept_in_the_precision_of_the_model(dtype, make_model, tokens):
+    model = make_model(dtype=dtype)
+    past = new_cache(model, 3)
+    model(tokens[:, :4], past_kv_cache=past)
+    assert past[0].past_keys.dtype == dtype
+    assert model(tokens[:, 4:], past_kv_cache=past).isfinite().all()
+
+
+def test_a_past_that_does_not_fit_is_refused(make_model, tokens):
+    model = make_model()
+    first, then = tokens[:, :4], tokens[:, 4:]
+
+    def refused(past, message, model=model, tokens=then, error=ConfigError):
+        with pytest.raises(error, match=message):
+            model(tokens, past_kv_cache=past)
+
+    refused(new_cache(model, 1), r"keys \[1, 0, 3, 5\] in layer 0, and this run needs \[3, 0, 3, 5\]")
+    refused(new_cache(make_model(n_heads=2), 3), r"keys \[3, 0, 2, 5\]")
+    refused(new_cache(make_model(n_layers=1), 3), "past_kv_cache has 1 layers, and the model 2")
+    bidirectional = make_model(attention_dir="bidirectional")
+    refused(new_cache(bidirectional, 3), "nothing of it can be kept", model=bidirectional)
+
+    half = new_cache(model, 3)
+    model(first, stop_at_layer=1, past_kv_cache=half)
+    assert model(then, stop_at_layer=1, past_kv_cache=half).shape == (3, 3, 12)  # the same layers again: fine
+    refused(half, r"keys \[3, 0, 3, 5\] in layer 1, and this run needs \[3, 7, 3, 5\].*left this layer out")
+
+    def fail(tensor, hook):
+        raise RuntimeError("stop")
+
+    failed = new_cache(model, 3)
+    with pytest.raises(RuntimeError, match="stop"):
+        model.run_with_hooks(first, fwd_hooks=[("blocks.1.hook_resid_pre", fail)], past_kv_cache=failed)
+    refused(failed, "a run that failed")
+
+    full = new_cache(model, 3)
+    for part in (tokens, tokens):
+        model(part, past_kv_cache=full)
+    message = r"3 tokens after the 14 in past_kv_cache, and the model takes at most n_ctx=16"
+    refused(full, message, error=TokenizerError)
+    with pytest.raises(TokenizerError, match=message):
+        model(torch.zeros(3, 3, 12), start_at_layer=0, tokens=then, past_kv_cache=full)
+    assert model(tokens[:, :2], past_kv_cache=full).shape == (3, 2, 50)  # a refusal leaves the cache as it was
 
 
 # -- the model as an object -------------------------------------------------------------------------------------------
