@@ -47,3 +47,8 @@ from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
+from sparse_interp.tokens import TokenView as TokenView
+from sparse_interp.tokens import attention_view as attention_view
+from sparse_interp.tokens import token_view as token_view
+from sparse_interp.tokens import activation_view as activation_view
+from sparse_interp.tokens import top_token_view as top_token_view

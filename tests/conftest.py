@@ -1,7 +1,13 @@
 """What tests share: a seeded generator, one thread, and no state that outlives a test."""
 
+import importlib.util
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +33,22 @@ def close_figures():
     yield
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium that the whole run shares, `browser.py`; tests skip where there is none."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if binary is None or not hasattr(os, "posix_spawn"):
+        pytest.skip("no chromium or google-chrome on PATH, so no page was opened (Debian: apt-get install chromium)")
+    spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["browser"] = importlib.util.module_from_spec(spec)  # where its dataclass looks for its names
+    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        started = module.Browser(binary, profile)
+        yield started
+        started.close()
 
 
 # -- the smallest models in which every mechanism is at work -----------------------------------------------------------

@@ -1,23 +1,13 @@
 """The circuit page, opened in a headless Chromium and used with mouse and keyboard.
 
-The browser is driven through its DevTools protocol over two pipes, so the tests need Chromium (Debian and Ubuntu:
-`apt-get install chromium`) and no Python package. Without it the browser's tests are skipped and say so; those of
-the text alone always run.
+Without a Chromium the browser's tests are skipped and say so; those of the text alone always run.
 """
 
-import base64
 import hashlib
 import json
 import math
-import os
 import re
-import select
-import shutil
-import signal
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,21 +51,6 @@ WORDS = [
     " in",
     " print",
 ]
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1440,900",
-    "--remote-debugging-pipe",
-)
-
 
 # ---------------------------------------------------------------- payloads
 
@@ -264,168 +239,14 @@ def large_page() -> CircuitPage:
     return circuit_page(4, per_site, n_rails=34, share=0.16)
 
 
-# ---------------------------------------------------------------- the browser
-
-
-@dataclass
-class Tab:
-    """One page in the browser, with everything that it asked for or complained about."""
-
-    browser: "Browser"
-    session: str
-    target: str = ""
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        return self.browser.call(method, params, self.session)
-
-    def js(self, expression: str) -> Any:
-        """The value of a JavaScript expression, as plain data."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def open(self, path: Path) -> None:
-        self.call("Page.navigate", url=path.as_uri())
-        deadline = time.monotonic() + 20
-        while not self.js("document.readyState === 'complete' && location.protocol === 'file:'"):
-            assert time.monotonic() < deadline, f"{path.name} did not load"
-            time.sleep(0.02)
-        self.settle()
-
-    def settle(self) -> None:
-        """Two animation frames: everything that the last input caused has been drawn."""
-        self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))).then(() => 1)")
-
-    def press(self, key: str) -> None:
-        codes = {
-            "Enter": 13,
-            " ": 32,
-            "Tab": 9,
-            "Escape": 27,
-            "End": 35,
-            "Home": 36,
-            "ArrowLeft": 37,
-            "ArrowUp": 38,
-            "ArrowRight": 39,
-            "ArrowDown": 40,
-        }
-        key_down = {"key": key, "windowsVirtualKeyCode": codes[key], "code": "Space" if key == " " else key}
-        text = {"text": "\r" if key == "Enter" else key} if key in ("Enter", " ") else {}
-        self.call("Input.dispatchKeyEvent", type="keyDown", **key_down, **text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **key_down)
-
-    def click(self, selector: str) -> None:
-        """A real click in the middle of an element."""
-        element = f"document.querySelector({json.dumps(selector)})"
-        self.js(f"{element}.scrollIntoView({{block: 'nearest'}})")
-        middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
-        box = self.js(f"({middle})({element}.getBoundingClientRect())")
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
-        self.settle()
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
-
-    def complaints(self) -> list[dict[str, Any]]:
-        """Whatever the page wrote to the console, threw, or had refused by its policy."""
-        self.settle()
-        kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Audits.issueAdded")
-        return [event for event in self.events if event["method"] in kinds]
-
-    def requests(self) -> list[str]:
-        """Addresses asked for, apart from the page itself."""
-        asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        remote = [url for url in asked if not url.startswith(("file:", "data:"))]
-        return remote + [url for url in asked if url.startswith("file:")][1:]
-
-
-class Browser:
-    """A headless Chromium, spoken to over two pipes (its file descriptors 3 and 4)."""
-
-    def __init__(self, binary: str, profile: str):
-        import fcntl  # a POSIX module; where it is missing the fixture skips before
-
-        pipes = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
-        self._to_read, self._write, self._read, self._to_write = pipes
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        ends = ((self._to_read, 3), (self._to_write, 4), (quiet, 1), (quiet, 2))
-        actions = [(os.POSIX_SPAWN_DUP2, ours, theirs) for ours, theirs in ends]
-        command = [binary, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self._pid = os.posix_spawn(binary, command, dict(os.environ), file_actions=actions, setpgroup=0)
-        for end in (quiet, self._to_read, self._to_write):
-            os.close(end)
-        self._buffer, self._count, self.tabs = b"", 0, {}
-
-    def call(self, method: str, params: dict[str, Any], session: str | None = None) -> dict[str, Any]:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": params} | ({"sessionId": session} if session else {})
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next_message(timeout_s=60.0)
-            if answer.get("id") == self._count:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
-            if answer.get("sessionId") in self.tabs:
-                self.tabs[answer["sessionId"]].events.append(answer)
-
-    def tab(self, scheme: str = "light", width: int = 1440, height: int = 900) -> Tab:
-        target = self.call("Target.createTarget", {"url": "about:blank"})["targetId"]
-        session = self.call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        tab = self.tabs[session] = Tab(self, session, target)
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            tab.call(f"{domain}.enable")
-        tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-        features = [{"name": name, "value": value} for name, value in media.items()]
-        tab.call("Emulation.setEmulatedMedia", features=features)
-        return tab
-
-    def close_tabs(self) -> None:
-        for tab in self.tabs.values():
-            if tab.target:
-                self.call("Target.closeTarget", {"targetId": tab.target})
-        self.tabs.clear()
-
-    def close(self) -> None:
-        self.call("Browser.close", {})
-        os.close(self._write)
-        for _ in range(100):
-            if os.waitpid(self._pid, os.WNOHANG)[0]:
-                break
-            time.sleep(0.05)
-        else:
-            os.killpg(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-        os.close(self._read)
-
-    def _next_message(self, timeout_s: float) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._read], [], [], timeout_s)
-            chunk = os.read(self._read, 1 << 20) if ready else b""
-            assert chunk, "Chromium did not answer"
-            self._buffer += chunk
-        message, self._buffer = self._buffer.split(b"\0", 1)
-        return json.loads(message)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    binary = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-    if binary is None or not hasattr(os, "posix_spawn"):
-        pytest.skip("no chromium or google-chrome on PATH, so no page was opened (Debian: apt-get install chromium)")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        started = Browser(binary, profile)
-        yield started
-        started.close()
+# ---------------------------------------------------------------- the page in a tab
 
 
 @pytest.fixture
-def show(browser: Browser, tmp_path: Path):
+def show(browser: Any, tmp_path: Path):
     """Writes a payload's page to a file and opens it in a tab of its own."""
 
-    def open_page(page: CircuitPage, **options: Any) -> Tab:
+    def open_page(page: CircuitPage, **options: Any) -> Any:
         path = tmp_path / "circuit.html"
         path.write_text(render_page(page), encoding="utf-8")
         tab = browser.tab(**options)
@@ -436,7 +257,7 @@ def show(browser: Browser, tmp_path: Path):
     browser.close_tabs()
 
 
-def drawn_weights(tab: Tab) -> int:
+def drawn_weights(tab: Any) -> int:
     return tab.js("document.querySelectorAll('.graph .edge:not(.off):is(.positive, .negative)').length")
 
 
@@ -623,7 +444,7 @@ def test_the_keyboard_reaches_every_node_and_pins_it(show):
     assert tab.js("document.querySelector('.vertex.pinned').dataset.id") == here
 
 
-def walk(tab: Tab, key: str) -> set[str]:
+def walk(tab: Any, key: str) -> set[str]:
     """Ids that the focus passes while `key` still moves it."""
     passed: list[str] = []
     while (here := tab.js("document.activeElement.dataset.id")) not in passed:
@@ -764,8 +585,9 @@ def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tm
     tab = browser.tab(width=900, height=700)
     tab.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
     tab.open(host)
-    frame = Tab(browser, next(e["params"]["sessionId"] for e in tab.events if e["method"] == "Target.attachedToTarget"))
-    browser.tabs[frame.session] = frame
+    frame = browser.attach(
+        next(e["params"]["sessionId"] for e in tab.events if e["method"] == "Target.attachedToTarget")
+    )
     frame.call("Runtime.enable")
     frame.call("Log.enable")
     frame.settle()

@@ -267,7 +267,7 @@ def render_page(page: CircuitPage) -> str:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return template.from_string(_resource("page.html.j2")).render(
         title=_well_formed(page.title),
-        policy=_content_policy(scripts=(vendor, script), styles=(style,)),
+        policy=content_policy(scripts=(vendor, script), styles=(style,)),
         vendor=Markup(vendor),
         script=Markup(script),
         style=Markup(style),
@@ -275,7 +275,7 @@ def render_page(page: CircuitPage) -> str:
     )
 
 
-def inline_html(page: str, height: int = 720) -> str:
+def inline_html(page: str, height: int = 720, title: str = "Circuit page") -> str:
     """`page` in a frame of `height` pixels: what `_repr_html_` hands to a notebook.
 
     The frame carries the document itself, so it needs no file beside the notebook, and its sandbox keeps the page's
@@ -283,7 +283,7 @@ def inline_html(page: str, height: int = 720) -> str:
     """
     document = html.escape(page, quote=True)
     return (
-        f'<iframe srcdoc="{document}" sandbox="allow-scripts allow-downloads" title="Circuit page" '
+        f'<iframe srcdoc="{document}" sandbox="allow-scripts allow-downloads" title="{html.escape(title)}" '
         f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:10px;background:#fff"></iframe>'
     )
 
@@ -328,7 +328,7 @@ def page_data(page: CircuitPage) -> dict[str, Any]:
         ],
         "audit": None if page.audit is None else vars(page.audit) | {"rows": [vars(row) for row in page.audit.rows]},
     }  # fmt: skip
-    return _shortened(data | {"pieces": list(table)})
+    return shortened(data | {"pieces": list(table)})
 
 
 def embed_json(data: dict[str, Any]) -> str:
@@ -350,12 +350,12 @@ def _node_data(node: PageNode, index_of: Any) -> dict[str, Any]:
     return vars(node) | {"top_contexts": contexts, "writes": writes, "stats": list(node.stats.items())}
 
 
-def _shortened(value: Any) -> Any:
+def shortened(value: Any) -> Any:
     """`value` with every float at `SIGNIFICANT_DIGITS`; a number that JSON cannot say (nan, inf) becomes null."""
     if isinstance(value, Mapping):
-        return {key: _shortened(item) for key, item in value.items()}
+        return {key: shortened(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_shortened(item) for item in value]
+        return [shortened(item) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
@@ -403,7 +403,7 @@ def _own_script() -> str:
     return f'(() => {{\n"use strict";\n{parts}\nstartPage();\n}})();'
 
 
-def _content_policy(scripts: Iterable[str], styles: Iterable[str]) -> str:
+def content_policy(scripts: Iterable[str], styles: Iterable[str]) -> str:
     """A policy that allows exactly these scripts and styles, by hash, and nothing from anywhere else.
 
     Should a hostile text ever become markup, its handlers and scripts still would not run, nor its image load.
