@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens import TransformerLensKeyValueCache
@@ -104,7 +104,7 @@ class Generation(TextMethods):
 
     def _prompt(
         self, input: Any, prepend_bos: bool | None, padding_side: str | None
-    ) -> tuple[str, Tokens, Mask, Float[Tensor, "batch pos_of_vectors d_model"]]:
+    ) -> tuple[str, Int[Tensor, "batch pos_of_ids"], Mask, Resid]:
         """What kind of prompt it is; its ids (none for vectors), its mask and its token vectors."""
         if isinstance(input, Tensor) and input.is_floating_point() and input.ndim == 3:
             if self.cfg.bigram:

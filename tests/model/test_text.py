@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sparse_interp.errors import ConfigError, TokenizerError
+from sparse_interp.errors import TokenizerError
 
 BOS = 2047
 
@@ -173,64 +173,3 @@ def test_a_mask_may_be_boolean(plain_model, tokens):
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
     assert torch.equal(plain_model(tokens, attention_mask=mask.bool()), plain_model(tokens, attention_mask=mask))
-
-
-# -- generation -------------------------------------------------------------------------------------------------------
-
-
-def test_greedy_generation_takes_the_largest_logit_each_time(plain_model, tokens):
-    out = plain_model.generate(tokens, max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False)
-    assert torch.equal(out[:, :7], tokens)
-    for n in range(7, 11):
-        assert torch.equal(out[:, n], plain_model(out[:, :n])[:, -1].argmax(-1))
-
-
-def test_text_comes_back_as_text_with_its_prompt(model):
-    text = model.generate("def f", max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
-    assert isinstance(text, str) and text.startswith("def f")
-    both = model.generate(["def f", "x"], max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
-    assert both[0] == text and both[1].startswith("x")
-    ids = model.generate("x", max_new_tokens=3, return_type="tokens", do_sample=False, stop_at_eos=False, verbose=False)
-    assert ids.shape == (1, 5)
-
-
-def test_a_generator_makes_sampling_repeatable_and_moves_on(plain_model, tokens):
-    def draw(generator):
-        return plain_model.generate(tokens, max_new_tokens=5, stop_at_eos=False, verbose=False, generator=generator)
-
-    state = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(4)
-    first, second = draw(generator), draw(generator)
-    assert torch.equal(draw(torch.Generator().manual_seed(4)), first)
-    assert not torch.equal(first, second)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_row_that_met_its_end_is_filled_up_and_the_run_stops_when_all_have(plain_model, tokens):
-    greedy = plain_model.generate(tokens, max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
-    end = int(greedy[0, 8])
-    out = plain_model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=end, verbose=False)
-    for row, free in zip(out, greedy, strict=True):
-        met = (free[7:] == end).nonzero()[:, 0]
-        stop = 7 + int(met[0]) + 1 if len(met) else 13
-        assert torch.equal(row[:stop], free[: len(row)][:stop])
-        assert (row[stop:] == end).all()
-    alone = plain_model.generate(tokens[:1], max_new_tokens=6, do_sample=False, eos_token_id=[end], verbose=False)
-    assert alone.shape[1] <= 9
-
-
-def test_generation_beyond_the_context_is_refused_before_it_begins(plain_model, tokens):
-    fits = plain_model.generate(tokens, max_new_tokens=10, stop_at_eos=False, verbose=False)
-    assert fits.shape == (3, 17)  # the last token is never read
-    with pytest.raises(TokenizerError, match="a prompt of 7 tokens and 11 new ones.*n_ctx=16: ask for at most 10"):
-        plain_model.generate(tokens, max_new_tokens=11, stop_at_eos=False, verbose=False)
-    with pytest.raises(TokenizerError, match="stop_at_eos needs a tokenizer or eos_token_id="):
-        plain_model.generate(tokens, max_new_tokens=1, verbose=False)
-    with pytest.raises(ConfigError, match="return_type='text'"):
-        plain_model.generate(tokens, return_type="text", verbose=False)
-
-
-def test_generation_leaves_the_training_mode_as_it_was(plain_model, tokens):
-    plain_model.train()
-    plain_model.generate(tokens, max_new_tokens=1, stop_at_eos=False, verbose=False)
-    assert plain_model.training
