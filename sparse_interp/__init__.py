@@ -42,6 +42,10 @@ from sparse_interp.tasks.task import logit_difference as logit_difference
 from sparse_interp.tasks.python_code import load_task as task  # noqa: F401 - public under the shorter name
 from sparse_interp.interventions.ablation import ablate as ablate
 from sparse_interp.interventions.ablation import mean_activations as mean_activations
+from sparse_interp.interventions.patching import Head as Head
+from sparse_interp.interventions.patching import Receiver as Receiver
+from sparse_interp.interventions.patching import patch_direct_paths as patch_direct_paths
+from sparse_interp.interventions.patching import receivers_of as receivers_of
 from sparse_interp.interventions.pruning import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit

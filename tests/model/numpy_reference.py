@@ -41,11 +41,13 @@ def attention(q, k, v, sink, allowed):
     return z, pattern
 
 
-def forward(cfg, weights, tokens, mask=None):
+def forward(cfg, weights, tokens, mask=None, messages=None):
     """Logits [batch pos d_vocab] and what every site holds, by hook name.
 
-    `cfg` is a dict of the model's fields, `weights` its tensors as arrays; `mask` is 0 at padding.
+    `cfg` is a dict of the model's fields, `weights` its tensors as arrays; `mask` is 0 at padding. `messages` are added
+    to the stream for one reader alone: (layer, letter, head), (layer, "mlp", None) or (n_layers, "final", None).
     """
+    messages = messages or {}
     cuts = [] if cfg["afrac"] is None else cfg["afrac_sites"]
     cut = lambda site, x: abs_topk(x, cfg["afrac"], cfg["afrac_min"]) if site in cuts else x
     stream_act = lambda x: np.maximum(x, 0) if cfg["residual_act"] == "relu" else x
@@ -66,6 +68,9 @@ def forward(cfg, weights, tokens, mask=None):
             y = np.concatenate([y, norm(pos, weights, f"{prefix}_pos", cfg["norm"], cfg["eps"])], -1)
         return cut(site, y)
 
+    def read_by(reader, x, prefix, site, common):
+        return read(x + messages[reader], prefix, site) if reader in messages else common
+
     def with_position_rows(name):
         rows = [weights[name]] + ([weights[f"{name}_pos"]] if cfg["positions"] == "concat" else [])
         return np.concatenate(rows, -2)
@@ -77,7 +82,8 @@ def forward(cfg, weights, tokens, mask=None):
         vectors = {}
         for letter in "qkv":
             weight = with_position_rows(f"{block}.attn.W_{letter.upper()}")  # head d_read d_head
-            heads = [a @ weight[h] + weights[f"{block}.attn.b_{letter.upper()}"][h] for h in range(cfg["n_heads"])]
+            own = [read_by((layer, letter, h), x, f"{block}.ln1", "attn_read", a) for h in range(cfg["n_heads"])]
+            heads = [own[h] @ weight[h] + weights[f"{block}.attn.b_{letter.upper()}"][h] for h in range(cfg["n_heads"])]
             flat = cut(letter, np.concatenate(heads, -1))
             vectors[letter] = flat.reshape(batch, n, cfg["n_heads"], cfg["d_head"])
             seen[f"{block}.attn.hook_{letter}"] = vectors[letter]
@@ -95,13 +101,15 @@ def forward(cfg, weights, tokens, mask=None):
         seen[f"{block}.hook_attn_out"] = cut("attn_write", write + weights[f"{block}.attn.b_O"])
         x = cut("resid_mid", stream_act(x + seen[f"{block}.hook_attn_out"]))
         seen[f"{block}.hook_resid_mid"] = x
-        m = seen[f"{block}.mlp.hook_in"] = read(x, f"{block}.ln2", "mlp_read")
+        m = read(x + messages.get((layer, "mlp", None), 0.0), f"{block}.ln2", "mlp_read")
+        seen[f"{block}.mlp.hook_in"] = m
         pre = m @ with_position_rows(f"{block}.mlp.W_in") + weights[f"{block}.mlp.b_in"]
         neurons = seen[f"{block}.mlp.hook_post"] = cut("neuron", act(pre))
         write = neurons @ weights[f"{block}.mlp.W_out"] + weights[f"{block}.mlp.b_out"]
         seen[f"{block}.hook_mlp_out"] = cut("mlp_write", write)
         x = cut("resid_post", stream_act(x + seen[f"{block}.hook_mlp_out"]))
         seen[f"{block}.hook_resid_post"] = x
+    x = x + messages.get((cfg["n_layers"], "final", None), 0.0)
     final = seen["unembed.hook_in"] = norm(x, weights, "ln_final", cfg["norm"], cfg["eps"])
     unembed = weights["embed.W_E"].T if cfg["tie_unembed"] else weights["unembed.W_U"]
     logits = final @ unembed + weights["unembed.b_U"]

@@ -1,0 +1,285 @@
+"""Patching: what a run on corrupt prompts does when one thing in it is as in the run on the clean ones.
+
+A *direct path* leads from a sender, which writes to the stream, to one reader, past everything between them:
+
+    message  =  what the sender wrote in the clean run  -  what it wrote in the corrupt run
+    read     =  T(norm(x + message))        for that reader alone; all others read x, and the run goes on from there
+
+(Wang et al. 2022, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.) What was written is what
+reached the stream: under AbsTopK a head, neuron or v channel has its share of those channels of the half block's write
+that survived, in either run. That is `attn.hook_result`, what the decompositions of a cache and TransformerLens' edge
+attribution mean too; and messages of all heads of a layer add up to the change of its write. TransformerLens' own
+`get_act_patch_direct_path` sends `z W_O`, which is the same without AbsTopK and another number with it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_interp.axes import PerPrompt, Resid
+from sparse_interp.errors import CircuitError, ConfigError
+from sparse_interp.interventions.ablation import FwdHooks
+from sparse_interp.model.cache import SparseActivationCache
+from sparse_interp.model.sites import ATTN_WRITE, MLP_WRITE, NEURON, Node, V, check_nodes
+from sparse_interp.model.text import evaluating
+from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.results import Axes, Table, heatmap
+from sparse_interp.tasks.task import Metric, TaskBatch, logit_difference
+
+READS = ("q", "k", "v", "mlp", "final")
+"""Kinds of readers: a head's query, key or value input, an MLP's input, and what is unembedded."""
+
+_WRITERS = {V.name: 0, ATTN_WRITE.name: 0, NEURON.name: 1, MLP_WRITE.name: 1}
+"""Sites whose nodes write to the stream, and the half block that they write in."""
+
+
+class Head(NamedTuple):
+    """One attention head, as a sender."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+class Receiver(NamedTuple):
+    """One reader of the stream. `final` has the layer number `n_layers`; only q, k and v have a head."""
+
+    layer: int
+    read: str
+    head: int | None = None
+
+    def __str__(self) -> str:
+        return {"mlp": f"L{self.layer}.mlp", "final": "final"}.get(self.read, f"L{self.layer}H{self.head}.{self.read}")
+
+    @property
+    def half(self) -> int:
+        """Half blocks before it."""
+        return 2 * self.layer + (self.read == "mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class PathTable(Table):
+    """One row per receiver, means over prompts.
+
+    `sender`, `receiver`, its `layer`, `read` and `head`; `metric` (with the path patched), `effect` (the change of the
+    metric from the corrupt run's) and `recovered_frac` (that as a share of clean minus corrupt).
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        "sender",
+        "receiver",
+        "layer",
+        "read",
+        "head",
+        "metric",
+        "effect",
+        "recovered_frac",
+    )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Effects by layer and kind of reader."""
+        reads = self.frame.read + self.frame["head"].map(lambda head: "" if pd.isna(head) else str(head))
+        return heatmap(self.frame.assign(reader=reads), x="reader", y="layer", value="effect", ax=ax)
+
+
+def receivers_of(
+    model: HookedSparseTransformer, sender: Head | Iterable[Node], reads: Sequence[str] = READS
+) -> list[Receiver]:
+    """Every reader that part of what `sender` writes can reach, in the order of the forward pass."""
+    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+    readers = [Receiver(layer, read, head) for layer in layers for read in "qkv" for head in heads]
+    readers += [Receiver(layer, "mlp") for layer in layers] + [Receiver(len(layers), "final")]
+    first = min(_halves(model, sender))
+    return sorted(
+        (r for r in readers if r.half > first and r.read in reads), key=lambda r: (r.half, READS.index(r.read))
+    )
+
+
+@torch.no_grad()
+def patch_direct_paths(
+    model: HookedSparseTransformer,
+    batch: TaskBatch,
+    metric: Metric = logit_difference,
+    *,
+    sender: Head | Iterable[Node],
+    receivers: Sequence[Receiver] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> PathTable:
+    """Patch the direct path from `sender` to one receiver after the other, exactly.
+
+    Several receivers of a layer share a forward pass, which begins at their layer.
+
+    Args:
+        model: the model; it runs in eval mode.
+        batch: clean prompts, which the message comes from, and corrupt ones, which the model runs on.
+        metric: logits and batch -> one number per prompt.
+        sender: a head, or nodes that write: channels of `attn_write` or `mlp_write`, neurons, or v channels. A reader
+            between two of the nodes gets the message of those before it.
+        receivers: who gets the message; None is everybody who can, `receivers_of(model, sender)`.
+        batch_size: prompts per forward pass, counted once for each receiver; a pass has at least one receiver.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CircuitError: for senders that write nothing or are not in the model, and receivers that they do not reach.
+        ConfigError: if the stream is no sum of what is written to it.
+    """
+    sender = sender if isinstance(sender, Head) else tuple(sender)
+    reachable = receivers_of(model, sender)
+    receivers = reachable if receivers is None else list(receivers)
+    for receiver in receivers:
+        if receiver not in reachable:
+            raise CircuitError(
+                f"{_name(sender)} does not reach {receiver}; receivers_of(model, sender) lists who it does."
+            )
+    batch = batch.to(model.embed.W_E.device)
+    with evaluating(model), _forks(model):
+        clean, clean_cache = _run(model, batch, batch.clean, sender)
+        corrupt, corrupt_cache = _run(model, batch, batch.corrupt, sender)
+        messages = {
+            half: _written(model, sender, half, clean_cache) - _written(model, sender, half, corrupt_cache)
+            for half in _halves(model, sender)
+        }
+        together = _together(receivers, max(1, batch_size // len(batch)))
+        patched = {}
+        for chosen in tqdm(together, disable=not progress, desc=f"direct paths from {_name(sender)}"):
+            sent = [sum(m for half, m in messages.items() if half < receiver.half) for receiver in chosen]
+            logits = _patched_logits(model, batch, corrupt_cache, chosen, sent)
+            patched |= {r: metric(one, batch) for r, one in zip(chosen, logits.chunk(len(chosen)), strict=True)}
+    return _table(_name(sender), receivers, patched, metric(clean, batch), metric(corrupt, batch))
+
+
+def _name(sender: Head | Sequence[Node]) -> str:
+    if isinstance(sender, Head):
+        return str(sender)
+    return str(sender[0]) if len(sender) == 1 else f"{len(sender)} nodes from {min(sender)} on"
+
+
+def _halves(model: HookedSparseTransformer, sender: Head | Iterable[Node]) -> list[int]:
+    """The half blocks that the sender writes in, counted through the model; checks it on the way."""
+    reason = model.layers[0].why_no_sum
+    if reason is not None:
+        raise ConfigError(f"the stream is not the sum of what is written to it ({reason}): there are no direct paths.")
+    cfg = model.cfg
+    if isinstance(sender, Head):
+        if not (0 <= sender.layer < cfg.n_layers and 0 <= sender.head < cfg.n_heads):
+            raise CircuitError(f"{sender} is no head: there are {cfg.n_layers} layers of {cfg.n_heads} heads.")
+        return [2 * sender.layer]
+    nodes = list(sender)
+    check_nodes(nodes, cfg)
+    silent = [node for node in nodes if node.site not in _WRITERS]
+    if silent or not nodes:
+        what = f"{silent[0]} writes nothing" if silent else "there are no nodes"
+        raise CircuitError(f"{what}: a sender is a Head, or nodes of {', '.join(_WRITERS)}.")
+    return sorted({2 * node.layer + _WRITERS[node.site] for node in nodes})
+
+
+@contextmanager
+def _forks(model: HookedSparseTransformer) -> Iterator[None]:
+    """Inside the block every reader has a stream of its own and heads have results; then flags are as they were."""
+    flags = {"use_attn_result": True, "use_split_qkv_input": True, "use_hook_mlp_in": True}
+    before = {flag: getattr(model.cfg, flag) for flag in flags}
+    try:
+        for flag, on in flags.items():
+            setattr(model.cfg, flag, on)
+        yield
+    finally:
+        for flag, on in before.items():
+            setattr(model.cfg, flag, on)
+
+
+def _run(
+    model: HookedSparseTransformer, batch: TaskBatch, tokens: Tensor, sender: Head | Sequence[Node]
+) -> tuple[Tensor, SparseActivationCache]:
+    """Logits, what the sender's layers held, and the stream after every block."""
+    points = [block.hook_resid_post for block in model.layers]
+    for layer in {half // 2 for half in _halves(model, sender)}:
+        block = model.layers[layer]
+        points += [block.attn.hook_z, block.attn.hook_result, block.hook_attn_out]
+        points += [block.mlp.hook_post, block.hook_mlp_out]
+    names = [point.name for point in points]
+    return model.run_with_cache(tokens, attention_mask=batch.attention_mask, names_filter=names)
+
+
+def _written(
+    model: HookedSparseTransformer, sender: Head | Sequence[Node], half: int, cache: SparseActivationCache
+) -> Resid:
+    """What the sender wrote to the stream in half block `half` of the run in `cache`."""
+    layer, is_mlp = divmod(half, 2)
+    attn, mlp = model.layers[layer].attn, model.layers[layer].mlp
+    if isinstance(sender, Head):
+        return cache[attn.hook_result.name][:, :, sender.head]
+    part, weight, cut = (mlp.hook_post, mlp.W_out, mlp.cut_write)
+    if not is_mlp:
+        part, weight, cut = (attn.hook_z, attn.W_O.flatten(0, 1), attn.cut_write)
+    units, whole = (NEURON, MLP_WRITE) if is_mlp else (V, ATTN_WRITE)
+    chosen, channels = (
+        [node.channel for node in sender if (node.layer, node.site) == (layer, site.name)] for site in (units, whole)
+    )
+    write = cache[whole.at(layer)]
+    shares = cache[part.name].flatten(2)[..., chosen] @ weight[chosen]
+    total = shares if cut.k is None else shares * (write != 0)
+    total[..., channels] = write[..., channels]
+    return total
+
+
+def _together(receivers: Sequence[Receiver], n: int) -> list[list[Receiver]]:
+    """Receivers of a layer by up to `n`."""
+    by_layer: dict[int, list[Receiver]] = {}
+    for receiver in receivers:
+        by_layer.setdefault(receiver.layer, []).append(receiver)
+    return [same[i : i + n] for same in by_layer.values() for i in range(0, len(same), n)]
+
+
+def _patched_logits(
+    model: HookedSparseTransformer,
+    batch: TaskBatch,
+    corrupt_cache: SparseActivationCache,
+    chosen: Sequence[Receiver],
+    messages: Sequence[Resid],
+) -> Float[Tensor, "receiver_and_batch pos d_vocab"]:
+    """Logits of the corrupt prompts, once for each receiver of one layer, with its message in what it reads alone."""
+    n, (layer,) = len(chosen), {receiver.layer for receiver in chosen}
+    rows = [slice(i * len(batch), (i + 1) * len(batch)) for i in range(n)]
+    tokens, mask = batch.corrupt.repeat(n, 1), batch.attention_mask.repeat(n, 1)
+
+    def adding(read: str) -> Callable:
+        def hook(fork: Tensor, hook: Any) -> Tensor:
+            fork = fork.clone()
+            for row, receiver, message in zip(rows, chosen, messages, strict=True):
+                if receiver.read == read:
+                    (fork[row] if receiver.head is None else fork[row, :, receiver.head]).add_(message)
+            return fork
+
+        return hook
+
+    start = {"start_at_layer": layer, "tokens": tokens, "attention_mask": mask}
+    if layer == model.cfg.n_layers:
+        stream = corrupt_cache[model.layers[-1].hook_resid_post.name].repeat(n, 1, 1)
+        return model(stream + torch.cat(list(messages)), **start)
+    block = model.layers[layer]
+    points = {read: getattr(block.attn, f"hook_{read}_input") for read in "qkv"} | {"mlp": block.hook_mlp_in}
+    hooks: FwdHooks = [(points[read].name, adding(read)) for read in dict.fromkeys(r.read for r in chosen)]
+    if layer == 0:
+        return model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+    stream = corrupt_cache[model.layers[layer - 1].hook_resid_post.name].repeat(n, 1, 1)
+    return model.run_with_hooks(stream, fwd_hooks=hooks, **start)
+
+
+def _table(
+    sender: str, receivers: Sequence[Receiver], patched: dict[Receiver, PerPrompt], clean: PerPrompt, corrupt: PerPrompt
+) -> PathTable:
+    gap, base = float((clean - corrupt).mean()), float(corrupt.mean())
+    rows = [(sender, str(r), r.layer, r.read, r.head, float(patched[r].mean())) for r in receivers]
+    frame = pd.DataFrame(rows, columns=list(PathTable.columns[:6])).astype({"head": "Int64"})
+    frame["effect"] = frame.metric - base
+    return PathTable(frame.assign(recovered_frac=frame.effect / gap if gap else float("nan")))
