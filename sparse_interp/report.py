@@ -12,7 +12,7 @@ import torch
 from sparse_interp.circuit.describe import Description, main_path, token_wires
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.audit import AuditTable
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.dense import AnyModel
 from sparse_interp.tasks.task import Task, TaskBatch
 
 N_PAIRS, N_NODES, N_TOKENS = 4, 12, 3
@@ -20,7 +20,7 @@ N_PAIRS, N_NODES, N_TOKENS = 4, 12, 3
 
 
 def report(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     circuit: Circuit,
     audit: AuditTable,
     task: Task,
@@ -105,7 +105,7 @@ def _sizes(circuit: Circuit) -> pd.DataFrame:
     )
 
 
-def _path(model: HookedSparseTransformer, circuit: Circuit, pairs: TaskBatch) -> str:
+def _path(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> str:
     path = main_path(circuit, token_wires(model, circuit, pairs))
     return f"The path whose least needed node is needed most: {_escaped(path)}." if path else ""
 

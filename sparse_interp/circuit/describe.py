@@ -33,8 +33,9 @@ from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.pruning import both_sides
-from sparse_interp.model.sites import PATTERN_HOOK, SITES, Node, Place, flat, places
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.config import Shape
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.sites import PATTERN_HOOK, SITES, Node, Place, flat, heads_of, key_of, places, queries_of
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
 from sparse_interp.viewer.page import (
@@ -130,7 +131,7 @@ class Description:
 
 def describe(
     circuit: Circuit,
-    model: HookedSparseTransformer,
+    model: AnyModel,
     blocks: Int[Tensor, "block pos"],
     batch: TaskBatch | None = None,
     *,
@@ -152,6 +153,7 @@ def describe(
     Raises:
         CircuitError: if the circuit belongs to another model, or there is no text.
     """
+    model = hooked(model)
     circuit.check_model(model)
     nodes = in_order(circuit)
     text = token_text(model)
@@ -178,7 +180,7 @@ def in_order(circuit: Circuit) -> list[Node]:
     return [Node(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
 
 
-def token_text(model: HookedSparseTransformer) -> Text:
+def token_text(model: HookedModel) -> Text:
     """Token id -> text, as the model's tokenizer decodes it alone; `#id` without a tokenizer."""
     known: dict[int, str] = {}
 
@@ -194,7 +196,7 @@ def token_text(model: HookedSparseTransformer) -> Text:
 
 
 def activations(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     nodes: Sequence[Node],
     tokens: Tokens,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -274,7 +276,7 @@ class _Strongest:
 
 
 def _watched(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     nodes: Sequence[Node],
     tokens: Tokens,
     attention_mask: Int[Tensor, "batch pos"] | None,
@@ -317,9 +319,7 @@ def _watched(
     return frame, {name: values.tolist() for name, values in sums.items()}, scale
 
 
-def _task_changes(
-    model: HookedSparseTransformer, nodes: Sequence[Node], batch: TaskBatch | None
-) -> dict[str, list[float]]:
+def _task_changes(model: HookedModel, nodes: Sequence[Node], batch: TaskBatch | None) -> dict[str, list[float]]:
     """How nodes differ between the prompts of a pair, and how much the last token attends to the changed one."""
     names = ("change_at_edit", "change_at_last", "attention_to_edit")
     if batch is None:
@@ -341,9 +341,9 @@ def _task_changes(
     corrupt = next(activations(model, nodes, batch.corrupt, mask, batch_size=size))
     difference = (clean - corrupt).abs()
     paid = {layer: pattern[rows, :, last, edited].mean(0) for layer, pattern in patterns.items()}
-    d_head = model.cfg.d_head
     attention = [
-        float(paid[node.layer][node.channel // d_head]) if node.site in ("q", "k", "v") else math.nan for node in nodes
+        float(paid[node.layer][heads_of(model.cfg, node)].mean()) if node.site in ("q", "k", "v") else math.nan
+        for node in nodes
     ]
     changes = (difference[rows, edited].mean(0).tolist(), difference[rows, last].mean(0).tolist(), attention)
     return dict(zip(names, changes, strict=True))
@@ -352,9 +352,7 @@ def _task_changes(
 # -- what nodes read and write ----------------------------------------------------------------------------------------
 
 
-def direct_effects(
-    model: HookedSparseTransformer, nodes: Sequence[Node], scale: float = 1.0
-) -> Float[Tensor, "node d_vocab"]:
+def direct_effects(model: HookedModel, nodes: Sequence[Node], scale: float = 1.0) -> Float[Tensor, "node d_vocab"]:
     """What one unit of each node adds to every logit on the direct path; zeros for reads within blocks, q and k.
 
     `scale` is the denominator of the final norm. A v node is taken to get all the attention.
@@ -367,7 +365,8 @@ def direct_effects(
         elif node.site == "neuron":
             stream[i] = model.layers[node.layer].mlp.W_out.detach()[node.channel].float().cpu()
         elif node.site == "v":
-            stream[i] = model.layers[node.layer].attn.W_O.detach().flatten(0, 1)[node.channel].float().cpu()
+            rows = queries_of(model.cfg, node.channel)
+            stream[i] = model.layers[node.layer].attn.W_O.detach().flatten(0, 1)[rows].float().sum(0).cpu()
         elif node.site == "final_read":
             final[i, node.channel] = 1
     if model.cfg.norm == "layer":
@@ -377,7 +376,7 @@ def direct_effects(
     return (stream + final) @ vocabulary.cpu()
 
 
-def embedding_writes(model: HookedSparseTransformer, nodes: Sequence[Node]) -> Float[Tensor, "node d_vocab"]:
+def embedding_writes(model: HookedModel, nodes: Sequence[Node]) -> Float[Tensor, "node d_vocab"]:
     """What each token's embedding holds in the channel of each read; zeros for other sites and for positions."""
     embedding = model.embed.W_E.detach().float().cpu()
     out = torch.zeros(len(nodes), len(embedding))
@@ -405,7 +404,7 @@ def _strongest(
 
 def page(
     circuit: Circuit,
-    model: HookedSparseTransformer,
+    model: AnyModel,
     batch: TaskBatch,
     known: Description,
     audit: PageAudit | None = None,
@@ -419,6 +418,7 @@ def page(
         known: what `describe(circuit, model, blocks, batch)` found out.
         audit: what the circuit is worth; without it the page says that nobody measured.
     """
+    model = hooked(model)
     wires = token_wires(model, circuit, batch)
     path = main_path(circuit, wires, edit_is_last=_edit_is_last(batch))
     bare = circuit.bare_page()
@@ -435,12 +435,12 @@ def page(
     )
 
 
-def token_wires(model: HookedSparseTransformer, circuit: Circuit, batch: TaskBatch) -> pd.DataFrame:
+def token_wires(model: AnyModel, circuit: Circuit, batch: TaskBatch) -> pd.DataFrame:
     """Entries of W_E and W_U at the tokens that matter, with their text in `piece`: `in.ID` -> node, node -> `out.ID`.
 
     Those are the tokens in which the pairs of `batch` differ, and its answers and foils, the most frequent first.
     """
-    sides = both_sides(batch)
+    model, sides = hooked(model), both_sides(batch)
     inputs = Counter(sides.clean[sides.clean != sides.corrupt].tolist())
     outputs = Counter(sides.answer.tolist())
     chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]
@@ -566,13 +566,20 @@ def _full_nodes(circuit: Circuit, known: Description) -> list:
                   .itertuples()]  # fmt: skip
         stats = _stats(rows[node.id])
         if node.site in ("q", "k"):
-            other = f"L{node.layer}.{'k' if node.site == 'q' else 'q'}.{node.channel}"
-            stats["score partner"] = other if other in partners else f"{other} (not in the circuit)"
+            others = _partners(circuit.cfg, Node(node.layer, node.site, node.channel))
+            stats["score partner"] = ", ".join(o if o in partners else f"{o} (not in the circuit)" for o in others)
         if node.id in reads:
             written = [f"{shown(row.token)} {row.weight:+.2g}" for row in reads[node.id].head(N_WRITERS).itertuples()]
             stats["written by tokens"] = " · ".join(written)
         nodes.append(replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats))
     return nodes
+
+
+def _partners(cfg: Shape, node: Node) -> list[str]:
+    """The k that a q node meets, or every q that a k node meets."""
+    if node.site == "q":
+        return [str(node._replace(site="k", channel=key_of(cfg, node.channel)))]
+    return [str(node._replace(site="q", channel=channel)) for channel in queries_of(cfg, node.channel)]
 
 
 def _stats(row: dict) -> dict[str, str | float | int | None]:

@@ -29,9 +29,9 @@ from torch import Tensor
 from sparse_interp.errors import CircuitError, SparseInterpError
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
-from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.config import Shape
+from sparse_interp.model.dense import AnyModel
 from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, check_nodes
-from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
@@ -54,7 +54,7 @@ class CircuitFiles:
     edges: pd.DataFrame
     baseline: NodeValues
     tau: NodeValues | None
-    cfg: ModelConfig
+    cfg: Shape
     model_name: str
     model_sha256: str
     sites: tuple[str, ...]
@@ -91,7 +91,7 @@ class CircuitFiles:
     def load(
         cls: type[C],
         path: Path | str,
-        model: HookedSparseTransformer | None = None,
+        model: AnyModel | None = None,
         task: Task | None = None,
         *,
         allow_mismatch: bool = False,
@@ -119,7 +119,7 @@ class CircuitFiles:
             circuit.check_origin(model, task)
         return circuit
 
-    def check_origin(self, model: HookedSparseTransformer | None = None, task: Task | None = None) -> None:
+    def check_origin(self, model: AnyModel | None = None, task: Task | None = None) -> None:
         """Raise CircuitError unless the circuit was found in `model` and on `task`, by their hashes."""
         told = "Load what it belongs to, or pass allow_mismatch=True if you mean to compare."
         if model is not None and (found := weights_sha256(model)) != self.model_sha256:
@@ -149,7 +149,7 @@ class CircuitFiles:
             "model": {
                 "name": self.model_name,
                 "weights_sha256": self.model_sha256,
-                "shape": json.loads(self.cfg.to_json()),
+                "shape": asdict(self.cfg),
             },
             "task": None if self.task_name is None else {"name": self.task_name, "templates_sha256": self.task_sha256},
             "tokenizer_sha256": self.tokenizer_sha256,
@@ -237,7 +237,7 @@ def _fields(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "edges": _frame_of(record["edges"], EDGE_TYPES),
         "baseline": baseline,
         "tau": _node_values(tensors, "tau", "gate tau"),
-        "cfg": ModelConfig.from_dict(record["model"]["shape"]),
+        "cfg": Shape.from_dict(record["model"]["shape"]),
         "model_name": record["model"]["name"],
         "model_sha256": record["model"]["weights_sha256"],
         "sites": tuple(sites),

@@ -25,8 +25,9 @@ from sparse_interp.interventions.pruning import (
     smallest_prefix,
     split_pairs,
 )
-from sparse_interp.model.sites import Node, NodeValues, Place, masks
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.config import AnyShape
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.sites import Node, NodeValues, Place, key_of, masks, queries_of
 from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
@@ -42,7 +43,7 @@ KNOCK_OUT_EVERY = 9
 
 
 def find_circuit(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     task: Task,
     config: PruneConfig | None = None,
     *,
@@ -53,7 +54,7 @@ def find_circuit(
     """The smallest circuit that the search finds to agree with `model` on `task`. The test split is never looked at.
 
     Args:
-        model: the model, in any mode.
+        model: the model, in any mode: ours, or a dense one of TransformerLens.
         task: prompts in the model's own tokens.
         config: how to search; None takes the defaults, which ask for agreement with the model.
         baseline: what nodes outside the circuit are held at; None takes the means over text that are kept beside a
@@ -66,7 +67,7 @@ def find_circuit(
         CheckpointError: if no baseline is given and none is kept for these weights.
         TaskError: if the task has too few pairs, or prompts longer than the model's context.
     """
-    config = config or PruneConfig()
+    config, model = config or PruneConfig(), hooked(model)
     task.check_fits(model.cfg.n_ctx)
     baseline = means_of(model) if baseline is None else baseline
     seed = generator.initial_seed()
@@ -95,36 +96,37 @@ def find_circuit(
     )
 
 
-def kept_by(nodes: Iterable[Node], model: HookedSparseTransformer, config: PruneConfig) -> Masks:
+def kept_by(nodes: Iterable[Node], model: HookedModel, config: PruneConfig) -> Masks:
     """What a circuit of `nodes` keeps: those, and every node of a site without gates."""
     found = masks(nodes, model.cfg)
     return {place: m if place.site in config.sites else torch.ones_like(m) for place, m in found.items()}
 
 
-def _units(nodes: Sequence[Node], config: PruneConfig) -> list[tuple[Node, ...]]:
-    """What is dropped in one piece: a node, or the q and k of a channel where they share a gate."""
+def _units(nodes: Sequence[Node], config: PruneConfig, cfg: AnyShape) -> list[tuple[Node, ...]]:
+    """What is dropped in one piece: a node, or the k of a channel and the q that meet it where they share a gate."""
     if not config.share_qk:
         return [(node,) for node in nodes]
     kept = set(nodes)
-    units = []
+    units: dict[Node, tuple[Node, ...]] = {}
     for node in nodes:
-        partner = Node(node.layer, "k", node.channel) if node.site == "q" else None
-        if partner in kept:
-            units.append((node, partner))
-        elif not (node.site == "k" and Node(node.layer, "q", node.channel) in kept):
-            units.append((node,))
-    return units
+        key = Node(node.layer, "k", key_of(cfg, node.channel)) if node.site == "q" else node
+        if key.site == "k" and key in kept:
+            queries = [Node(key.layer, "q", channel) for channel in queries_of(cfg, key.channel)]
+            units[key] = (*(query for query in queries if query in kept), key)
+        else:
+            units[node] = (node,)
+    return list(units.values())
 
 
 def _without_idle(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     nodes: Sequence[Node],
     selection: Selection,
     config: PruneConfig,
     progress: bool,
 ) -> tuple[list[Node], dict[Node, float]]:
     """Drop what the stopping rule can do without; each node that stays comes with what its knock-out costs."""
-    units = _units(nodes, config)
+    units = _units(nodes, config, model.cfg)
     for n_pass in range(MAX_PASSES):
         cost = _knock_outs(model, units, selection, config, progress, f"knock-outs {n_pass + 1}")
         order = sorted(range(len(units)), key=lambda i: -cost[i])
@@ -144,7 +146,7 @@ def _without_idle(
 
 
 def _knock_outs(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     units: Sequence[tuple[Node, ...]],
     selection: Selection,
     config: PruneConfig,
@@ -175,7 +177,7 @@ def _less(kept: Masks, unit: Iterable[Node]) -> Masks:
 
 
 def _scores(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     nodes: Sequence[Node],
     search: GateSearch,
     selection: Selection,

@@ -26,9 +26,23 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
-from sparse_interp.model.config import ModelConfig
-from sparse_interp.model.sites import NODE_SITES, SITES, WIRES, Node, NodeValues, Place, check_nodes, masks, places
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.config import AnyShape, Shape
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.sites import (
+    NODE_SITES,
+    SITES,
+    WIRES,
+    Node,
+    NodeValues,
+    Place,
+    check_nodes,
+    heads_of,
+    masks,
+    places,
+    queries_of,
+    rows_of,
+    wires,
+)
 from sparse_interp.results import Table
 
 if TYPE_CHECKING:
@@ -64,7 +78,7 @@ class Circuit(CircuitFiles, CircuitPictures):
     baseline: NodeValues
     """What every node is held at while it is outside the circuit."""
 
-    cfg: ModelConfig
+    cfg: Shape
     """Shape of the model that the circuit belongs to."""
 
     model_name: str
@@ -103,7 +117,7 @@ class Circuit(CircuitFiles, CircuitPictures):
     @classmethod
     def of_nodes(
         cls,
-        model: HookedSparseTransformer,
+        model: AnyModel,
         nodes: Iterable[Node],
         baseline: NodeValues,
         *,
@@ -120,6 +134,7 @@ class Circuit(CircuitFiles, CircuitPictures):
         Raises:
             CircuitError: for a node that the model does not have, or a baseline of another model.
         """
+        model = hooked(model)
         kept = sorted(set(nodes), key=lambda node: (_order(model.cfg)[Place(node.layer, node.site)], node.channel))
         check_nodes(kept, model.cfg)
         if sites is None:
@@ -138,7 +153,7 @@ class Circuit(CircuitFiles, CircuitPictures):
             nodes=frame,
             edges=edges_between(model, kept),
             baseline=baseline,
-            cfg=model.cfg,
+            cfg=Shape.of(model.cfg),
             model_name=model.cfg.model_name,
             model_sha256=weights_sha256(model),
             sites=sites,
@@ -173,7 +188,7 @@ class Circuit(CircuitFiles, CircuitPictures):
         found = masks(self.node_set, self.cfg, self.sites)
         return {p: m if p.site in self.sites else torch.ones_like(m) for p, m in found.items()}
 
-    def hooks(self, model: HookedSparseTransformer) -> FwdHooks:
+    def hooks(self, model: AnyModel) -> FwdHooks:
         """Plain forward hooks under which `model` runs as this circuit, for any TransformerLens call.
 
         Raises:
@@ -183,21 +198,22 @@ class Circuit(CircuitFiles, CircuitPictures):
         return holding_hooks(self.kept, self.baseline)
 
     @contextmanager
-    def running(self, model: HookedSparseTransformer) -> Iterator[HookedSparseTransformer]:
+    def running(self, model: AnyModel) -> Iterator[AnyModel]:
         """Inside the block `model` runs as this circuit: everything outside it holds its baseline."""
-        with model.hooks(fwd_hooks=self.hooks(model)):
+        with hooked(model).hooks(fwd_hooks=self.hooks(model)):
             yield model
 
     @contextmanager
-    def removed(self, model: HookedSparseTransformer) -> Iterator[HookedSparseTransformer]:
+    def removed(self, model: AnyModel) -> Iterator[AnyModel]:
         """Inside the block `model` runs without this circuit: its nodes hold their baseline, the rest is computed."""
         self.check_model(model)
         outside = {place: ~mask for place, mask in masks(self.node_set, self.cfg).items()}
-        with model.hooks(fwd_hooks=holding_hooks(outside, self.baseline)):
+        with hooked(model).hooks(fwd_hooks=holding_hooks(outside, self.baseline)):
             yield model
 
-    def check_model(self, model: HookedSparseTransformer) -> None:
+    def check_model(self, model: AnyModel) -> None:
         """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""
+        model = hooked(model)
         self.baseline.check(model.cfg, self.sites)
         sha256 = weights_sha256(model)
         if sha256 != self.model_sha256:
@@ -207,7 +223,7 @@ class Circuit(CircuitFiles, CircuitPictures):
                 "another snapshot of the same shape, use circuit.transplanted(model)."
             )
 
-    def transplanted(self, model: HookedSparseTransformer, baseline: NodeValues | None = None) -> "Circuit":
+    def transplanted(self, model: AnyModel, baseline: NodeValues | None = None) -> "Circuit":
         """The same nodes in another model of the same shape, edges and hash read anew."""
         moved = Circuit.of_nodes(model, self.node_set, baseline or self.baseline, sites=self.sites)
         return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
@@ -226,12 +242,12 @@ class Circuit(CircuitFiles, CircuitPictures):
         both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
         names = [str(Node(*row)) for row in _places_of(both_nodes)]
         both_edges = pd.concat([self.edges, other.edges], ignore_index=True)
-        both_edges = both_edges.drop_duplicates(["source", "target", "kind"])
+        both_edges = both_edges.drop_duplicates(["source", "target", "kind", "weight_name"])
         ends = both_edges.source.isin(wanted) & both_edges.target.isin(wanted)
         return replace(
             self,
             nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
-            edges=_steering_something(both_edges[ends], self.cfg.d_head).reset_index(drop=True),
+            edges=_steering_something(both_edges[ends], self.cfg).reset_index(drop=True),
             scores=self.scores.iloc[:0],
             history=self.history.iloc[:0],
         )
@@ -273,14 +289,17 @@ class Circuit(CircuitFiles, CircuitPictures):
         return CircuitDiff(pd.DataFrame(rows, columns=list(CircuitDiff.columns)))
 
     def to_networkx(self) -> DiGraph:
-        """Nodes with their columns, edges with theirs, as a directed graph."""
+        """Nodes with their columns, edges with theirs, as a directed graph.
+
+        Of several weights between two nodes, as gated MLPs and grouped queries have them, it has the largest.
+        """
         from networkx import DiGraph  # see above
 
         graph = DiGraph(model=self.model_name, task=self.task_name or "")
         for row in self.nodes.to_dict("records"):
             node = Node(row["layer"], row["site"], row["channel"])
             graph.add_node(str(node), **{str(k): v for k, v in row.items() if not pd.isna(v)})
-        for row in self.edges.to_dict("records"):
+        for row in self.edges.sort_values("weight", key=abs, kind="stable").to_dict("records"):
             if row["source"] in graph and row["target"] in graph:
                 graph.add_edge(row["source"], row["target"], **{k: row[k] for k in ("kind", "weight_name", "weight")})
         return graph
@@ -292,7 +311,7 @@ class Circuit(CircuitFiles, CircuitPictures):
         )
 
 
-def _order(cfg: ModelConfig) -> dict[Place, int]:
+def _order(cfg: AnyShape) -> dict[Place, int]:
     return {place: i for i, place in enumerate(places(cfg, SITES))}
 
 
@@ -302,17 +321,22 @@ def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
     return [(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
 
 
-def _steering_something(edges: pd.DataFrame, d_head: int) -> pd.DataFrame:
+def _steering_something(edges: pd.DataFrame, cfg: AnyShape) -> pd.DataFrame:
     """`edges` without attention wires of heads that carry nothing to the write any more: their v nodes are gone."""
+    carried = set()
+    for row in edges[edges.weight_name.str.startswith("attn.W_O")].itertuples():
+        layer, _, channel = row.source.split(".")
+        _, _, head = row.weight_name.rstrip("]").partition("[")  # named where queries are grouped
+        carried.add((layer, int(head) if head else int(channel) // cfg.d_head, row.target))
 
-    def head_and_write(rows: pd.DataFrame) -> list[tuple[str, int, str]]:
-        ends = ((source.split("."), target) for source, target in zip(rows.source, rows.target, strict=True))
-        return [(layer, int(channel) // d_head, target) for (layer, _, channel), target in ends]
+    def idle(source: str, target: str) -> bool:
+        layer, site, channel = source.split(".")
+        heads = heads_of(cfg, Node(0, site, int(channel)))
+        return not any((layer, head, target) in carried for head in heads)
 
-    carried = set(head_and_write(edges[edges.weight_name == "attn.W_O"]))
-    wires = edges[edges.kind == "attention"]
-    idle = [index for index, end in zip(wires.index, head_and_write(wires), strict=True) if end not in carried]
-    return edges.drop(index=idle)
+    steering = edges[edges.kind == "attention"]
+    ends = zip(steering.index, steering.source, steering.target, strict=True)
+    return edges.drop(index=[index for index, source, target in ends if idle(source, target)])
 
 
 def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:
@@ -323,7 +347,7 @@ def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:
     return any((a, b) in ends or (b, a) in ends for a, b in sites)
 
 
-def edges_between(model: HookedSparseTransformer, nodes: Iterable[Node]) -> pd.DataFrame:
+def edges_between(model: HookedModel, nodes: Iterable[Node]) -> pd.DataFrame:
     """Every wire between two of `nodes`: weights, residual identities, and q/k to write."""
     channels: dict[Place, list[int]] = {}
     for node in sorted(nodes, key=lambda n: n.channel):
@@ -332,20 +356,22 @@ def edges_between(model: HookedSparseTransformer, nodes: Iterable[Node]) -> pd.D
     return pd.DataFrame(rows, columns=list(EDGE_COLUMNS)).astype({"weight": float})
 
 
-def _weight_edges(model: HookedSparseTransformer, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+def _weight_edges(model: HookedModel, channels: dict[Place, list[int]]) -> Iterator[tuple]:
     for layer, block in enumerate(model.layers):
-        for wire in WIRES:
+        for wire in wires(model.cfg):
             sources = channels.get(Place(layer, wire.source.name), [])
             targets = channels.get(Place(layer, wire.target.name), [])
             if not sources or not targets:
                 continue
-            part = wire.weight(block).detach()[sources][:, targets].cpu()
+            rows = [(row, name, channel) for channel in sources for row, name in rows_of(model.cfg, wire, channel)]
+            part = wire.weight(block).detach()[[row for row, _, _ in rows]][:, targets].cpu()
             for i, j in part.nonzero().tolist():
-                source, target = Node(layer, wire.source.name, sources[i]), Node(layer, wire.target.name, targets[j])
-                yield str(source), str(target), "weight", wire.weight_name, float(part[i, j])
+                _, name, channel = rows[i]
+                source, target = Node(layer, wire.source.name, channel), Node(layer, wire.target.name, targets[j])
+                yield str(source), str(target), "weight", name, float(part[i, j])
 
 
-def _residual_wires(cfg: ModelConfig, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+def _residual_wires(cfg: AnyShape, channels: dict[Place, list[int]]) -> Iterator[tuple]:
     """From each write to every later read of the same channel."""
     order = _order(cfg)
     for written, from_channels in channels.items():
@@ -355,23 +381,24 @@ def _residual_wires(cfg: ModelConfig, channels: dict[Place, list[int]]) -> Itera
                     yield str(Node(*written, channel)), str(Node(*read, channel)), "residual", "", 1.0
 
 
-def _attention_wires(model: HookedSparseTransformer, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+def _attention_wires(model: HookedModel, channels: dict[Place, list[int]]) -> Iterator[tuple]:
     """From each q and k to the writes that its head's kept v nodes reach: the pattern carries it there."""
-    d_head = model.cfg.d_head
     for layer, block in enumerate(model.layers):
         values, writes = channels.get(Place(layer, "v"), []), channels.get(Place(layer, "attn_write"), [])
         weight = block.attn.W_O.detach().flatten(0, 1)
         reached: dict[int, set[int]] = {}
-        for v in values:
-            reached.setdefault(v // d_head, set()).update(w for w in writes if weight[v, w] != 0)
+        for row in (row for v in values for row in queries_of(model.cfg, v)):
+            reached.setdefault(row // model.cfg.d_head, set()).update(w for w in writes if weight[row, w] != 0)
         for site in ("q", "k"):
             for channel in channels.get(Place(layer, site), []):
-                for write in sorted(reached.get(channel // d_head, ())):
-                    yield str(Node(layer, site, channel)), str(Node(layer, "attn_write", write)), "attention", "", 0.0
+                node = Node(layer, site, channel)
+                steered = [reached.get(head, set()) for head in heads_of(model.cfg, node)]
+                for write in sorted(set().union(*steered)):
+                    yield str(node), str(Node(layer, "attn_write", write)), "attention", "", 0.0
 
 
 def token_edges(
-    model: HookedSparseTransformer, nodes: Iterable[Node], inputs: Iterable[int], outputs: Iterable[int]
+    model: HookedModel, nodes: Iterable[Node], inputs: Iterable[int], outputs: Iterable[int]
 ) -> pd.DataFrame:
     """Entries of W_E from `inputs` to read channels, and of W_U from kept final reads to `outputs`.
 

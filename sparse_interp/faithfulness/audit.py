@@ -33,7 +33,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.controls import has_room, overlap, random_circuits
 from sparse_interp.faithfulness.scores import CircuitScores, PromptScores, mean_of, score_circuit, score_control
 from sparse_interp.model.checkpoint import weights_sha256
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.results import Axes, Interval, Table, bars_with_intervals, write_whole
 from sparse_interp.tasks.task import PairList, Task, TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
@@ -301,7 +301,7 @@ class AuditTable(Table):
 
 
 def audit(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     circuit: Circuit,
     task: Task,
     *,
@@ -316,7 +316,7 @@ def audit(
     """Measure `circuit` beside `model`, on prompts that it was not found on, and say what it is worth.
 
     Args:
-        model: the model that the circuit was found in, in any mode.
+        model: the model that the circuit was found in, in any mode: ours, or a dense one of TransformerLens.
         circuit: the circuit.
         task: the task that it was found for; its splits `test` and `shifted` are drawn from, never `train`.
         level: "quick" prunes nothing anew.
@@ -336,6 +336,7 @@ def audit(
         raise ConfigError(f"level={level!r}; expected {' or '.join(map(repr, LEVELS))}.")
     if n_prompts < 2 or n_random < 0:
         raise ConfigError(f"n_prompts={n_prompts}, n_random={n_random}; an audit needs n_prompts >= 2, n_random >= 0.")
+    model = hooked(model)
     circuit = _belonging(model, circuit, task, allow_mismatch)
     splits = [split for split in (DECIDING, INFORMING) if split in task.splits]
     task.check_fits(model.cfg.n_ctx, splits)
@@ -358,7 +359,7 @@ def audit(
     return AuditTable(_frame(rows), thresholds or Thresholds(), origin, pd.DataFrame(controls))
 
 
-def _belonging(model: HookedSparseTransformer, circuit: Circuit, task: Task, allow_mismatch: bool) -> Circuit:
+def _belonging(model: HookedModel, circuit: Circuit, task: Task, allow_mismatch: bool) -> Circuit:
     """The circuit, if it belongs to model and task; if told to allow it, the same nodes in this model."""
     if circuit.model_sha256 != weights_sha256(model):
         if not allow_mismatch:
@@ -392,7 +393,7 @@ class _Sheet:
 
     def __init__(
         self,
-        model: HookedSparseTransformer,
+        model: HookedModel,
         circuit: Circuit,
         split: str,
         pairs: TaskBatch,
@@ -566,7 +567,7 @@ def _nodes_sha256(circuit: Circuit) -> str:
     return hashlib.sha256(" ".join(sorted(map(str, circuit.node_set))).encode()).hexdigest()
 
 
-def _origin(model: HookedSparseTransformer, circuit: Circuit, task: Task, seed: int, level: str) -> dict[str, Any]:
+def _origin(model: HookedModel, circuit: Circuit, task: Task, seed: int, level: str) -> dict[str, Any]:
     """What was audited, and with what."""
     try:
         library = version("sparse_interp")

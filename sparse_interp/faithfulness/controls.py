@@ -5,9 +5,9 @@
 
 A score without its control says little: enough nodes do most tasks, whichever they are. Random circuits are held at the
 same baseline as the circuit, leave the same sites alone, and join q and k as it does: where the circuit has the q and
-the k of a channel, a random one has both of another channel, since neither does anything alone. They are drawn without
-regard to the circuit and share nodes with it by chance (`overlap`); to forbid that would make the control of a large
-circuit worse than chance.
+the k of a channel, a random one has both of another channel, since neither does anything alone (with grouped queries,
+the k and the q of the same heads of its group). They are drawn without regard to the circuit and share nodes with it by
+chance (`overlap`); to forbid that would make the control of a large circuit worse than chance.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,13 +16,12 @@ import torch
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError
-from sparse_interp.model.sites import SITES, Node, Place, places, width
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.config import Shape
+from sparse_interp.model.dense import AnyModel, hooked
+from sparse_interp.model.sites import SITES, Node, Place, places, queries_of, width
 
 
-def random_circuits(
-    model: HookedSparseTransformer, circuit: Circuit, n: int, *, generator: torch.Generator
-) -> list[Circuit]:
+def random_circuits(model: AnyModel, circuit: Circuit, n: int, *, generator: torch.Generator) -> list[Circuit]:
     """`n` random circuits with as many nodes as `circuit` in every layer and site.
 
     Raises:
@@ -31,11 +30,11 @@ def random_circuits(
     """
     if n < 0:
         raise ConfigError(f"n={n} random circuits were asked for; expected 0 or more.")
-    circuit.baseline.check(model.cfg, circuit.sites)
+    circuit.baseline.check(hooked(model).cfg, circuit.sites)
     return [_alike(model, circuit, _drawn(circuit, generator)) for _ in range(n)]
 
 
-def empty_circuit(model: HookedSparseTransformer, circuit: Circuit) -> Circuit:
+def empty_circuit(model: AnyModel, circuit: Circuit) -> Circuit:
     """The circuit of no nodes, over the same baseline; sites that the search left alone are left alone here too."""
     return _alike(model, circuit, ())
 
@@ -50,7 +49,7 @@ def overlap(control: Circuit, circuit: Circuit) -> float:
     return len(control.node_set & circuit.node_set) / max(1, circuit.n_nodes)
 
 
-def _alike(model: HookedSparseTransformer, circuit: Circuit, nodes: Iterable[Node]) -> Circuit:
+def _alike(model: AnyModel, circuit: Circuit, nodes: Iterable[Node]) -> Circuit:
     """`nodes` as a circuit with the baseline, the task and the gated sites of `circuit`."""
     origin = {name: getattr(circuit, name) for name in ("sites", "task_name", "task_sha256", "prune")}
     return Circuit.of_nodes(model, nodes, circuit.baseline, **origin)
@@ -70,14 +69,23 @@ def _drawn(circuit: Circuit, generator: torch.Generator) -> Iterator[Node]:
     for place, channels in kept.items():
         if place.site == "k":
             continue  # drawn with q
-        order = _shuffled(width(circuit.cfg, place.site), generator)
-        yield from (Node(*place, channel) for channel in order[: len(channels)])
+        order = _shuffled(width(circuit.cfg, "k" if place.site == "q" else place.site), generator)
         if place.site == "q":
-            keys = Place(place.layer, "k")
-            n_shared = len(channels & kept[keys])
-            alone = order[len(channels) :]  # channels without a drawn q
-            n_alone = len(kept[keys]) - n_shared
-            yield from (Node(*keys, channel) for channel in order[:n_shared] + alone[:n_alone])
+            yield from _drawn_heads(circuit.cfg, place.layer, channels, kept[Place(place.layer, "k")], order)
+        else:
+            yield from (Node(*place, channel) for channel in order[: len(channels)])
+
+
+def _drawn_heads(cfg: Shape, layer: int, queries: set[int], keys: set[int], order: list[int]) -> Iterator[Node]:
+    """The q and k of every channel moved together to another: first whole ones, then lone q, then lone k."""
+    heads = [([q in queries for q in queries_of(cfg, key)], key in keys) for key in range(len(order))]
+    heads = [head for head in heads if any(head[0]) or head[1]]
+    heads.sort(key=lambda head: (not any(head[0]), not head[1]))
+    for (chosen, with_key), channel in zip(heads, order, strict=False):
+        drawn = zip(queries_of(cfg, channel), chosen, strict=True)
+        yield from (Node(layer, "q", query) for query, is_drawn in drawn if is_drawn)
+        if with_key:
+            yield Node(layer, "k", channel)
 
 
 def _shuffled(n: int, generator: torch.Generator) -> list[int]:

@@ -26,7 +26,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.interventions.ablation import evaluating, holding_hooks
 from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits, both_sides
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.results import Interval, bootstrap_interval
 from sparse_interp.tasks.task import TaskBatch, answer_loss, is_argmax, is_correct, kl_divergence, logit_difference
 
@@ -135,13 +135,13 @@ class CircuitScores:
         return _of_means(columns, share, self.groups, generator)
 
 
-def score_circuit(model: HookedSparseTransformer, circuit: Circuit, pairs: TaskBatch) -> CircuitScores:
+def score_circuit(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> CircuitScores:
     """Run model, circuit, model without circuit, and nothing, on both sides of `pairs`.
 
     Raises:
         CircuitError: if the circuit belongs to other weights.
     """
-    batch = both_sides(pairs)
+    model, batch = hooked(model), both_sides(pairs)
     with evaluating(model):
         reference = all_answer_logits(model, batch)
         with circuit.running(model):
@@ -158,10 +158,9 @@ def score_circuit(model: HookedSparseTransformer, circuit: Circuit, pairs: TaskB
     )
 
 
-def score_control(
-    model: HookedSparseTransformer, control: Circuit, batch: TaskBatch, reference: AnswerLogits
-) -> PromptScores:
+def score_control(model: AnyModel, control: Circuit, batch: TaskBatch, reference: AnswerLogits) -> PromptScores:
     """Scores of a circuit that was made from `model` a moment ago, whose weights need no second look."""
+    model = hooked(model)
     with evaluating(model), model.hooks(fwd_hooks=holding_hooks(control.kept, control.baseline)):
         return prompt_scores(all_answer_logits(model, batch), reference, batch)
 

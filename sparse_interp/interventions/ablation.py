@@ -16,9 +16,9 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError
+from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, masks, places, width
 from sparse_interp.model.text import evaluating
-from sparse_interp.model.transformer import HookedSparseTransformer
 
 Masks = Mapping[Place, Bool[Tensor, " width"]]
 FwdHooks = list[tuple[str | Callable, Callable]]
@@ -27,7 +27,7 @@ FwdHooks = list[tuple[str | Callable, Callable]]
 
 @torch.no_grad()
 def mean_activations(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     blocks: Int[Tensor, "block pos"],
     *,
     sites: Collection[str] = NODE_SITES,
@@ -39,6 +39,7 @@ def mean_activations(
     Raises:
         CircuitError: if there are no blocks.
     """
+    model = hooked(model)
     if len(blocks) == 0:
         raise CircuitError("means need at least one block of tokens, and there are none.")
     sums = dict.fromkeys(places(model.cfg, sites), 0.0)
@@ -54,13 +55,14 @@ def mean_activations(
         for batch in tqdm(blocks.split(batch_size), disable=not progress, desc="means", unit="batch"):
             model(batch.to(model.embed.W_E.device), return_type=None)
     n = blocks.numel()
-    means = {place: (total / n).to(model.cfg.dtype) for place, total in sums.items() if isinstance(total, Tensor)}
+    means = {place: (total / n).to(model.embed.W_E.dtype) for place, total in sums.items() if isinstance(total, Tensor)}
     return NodeValues(means, f"mean over {n} tokens of text")
 
 
-def zero_values(model: HookedSparseTransformer) -> NodeValues:
+def zero_values(model: AnyModel) -> NodeValues:
     """Zero for every node."""
-    zeros = {place: torch.zeros(width(model.cfg, place.site), dtype=model.cfg.dtype) for place in places(model.cfg)}
+    cfg, dtype = hooked(model).cfg, hooked(model).embed.W_E.dtype
+    zeros = {place: torch.zeros(width(cfg, place.site), dtype=dtype) for place in places(cfg)}
     return NodeValues(zeros, "zero")
 
 
@@ -80,16 +82,14 @@ def holding_hooks(kept: Masks, values: NodeValues) -> FwdHooks:
 
 
 @contextmanager
-def ablate(
-    model: HookedSparseTransformer, nodes: Iterable[Node], values: NodeValues
-) -> Iterator[HookedSparseTransformer]:
+def ablate(model: AnyModel, nodes: Iterable[Node], values: NodeValues) -> Iterator[AnyModel]:
     """Inside the block `nodes` hold `values`; outside it the model is untouched.
 
     Raises:
         CircuitError: for a node that the model does not have, or values of another model.
     """
-    nodes = list(nodes)
-    values.check(model.cfg, {node.site for node in nodes})
-    kept = {place: ~mask for place, mask in masks(nodes, model.cfg).items()}
-    with model.hooks(fwd_hooks=holding_hooks(kept, values)):
+    nodes, cfg = list(nodes), hooked(model).cfg
+    values.check(cfg, {node.site for node in nodes})
+    kept = {place: ~mask for place, mask in masks(nodes, cfg).items()}
+    with hooked(model).hooks(fwd_hooks=holding_hooks(kept, values)):
         yield model

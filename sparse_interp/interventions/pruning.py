@@ -29,8 +29,8 @@ from transformer_lens.hook_points import HookPoint
 from sparse_interp.axes import Resid
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, evaluating, holding_hooks
-from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, places, width
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, group_size, places, queries_of, width
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
 
 AnswerLogits = Float[Tensor, "batch d_vocab"]
@@ -76,7 +76,8 @@ class PruneConfig:
     """Sites whose nodes have gates; nodes of other sites stay as they are and are not counted."""
 
     share_qk: bool = True
-    """Whether a q and a k node of the same head and channel share one gate: neither does anything alone."""
+    """Whether a q and a k node of the same head and channel share one gate: neither does anything alone. With grouped
+    queries a k node shares its gate with the q nodes of all heads that meet it."""
 
     n_train: int = 2048
     """Pairs that gates are trained on."""
@@ -109,9 +110,7 @@ class PruneConfig:
             raise ConfigError("share_qk needs q and k both among sites, or neither; set share_qk=False.")
 
 
-def answer_logits(
-    model: HookedSparseTransformer, batch: TaskBatch, resid: Resid | None = None, layer: int = 0
-) -> AnswerLogits:
+def answer_logits(model: HookedModel, batch: TaskBatch, resid: Resid | None = None, layer: int = 0) -> AnswerLogits:
     """The model's logits at each prompt's answer position, nothing unembedded elsewhere.
 
     With `resid`, the stream that enters `layer` as `stream_at` gives it, the blocks before are not run again.
@@ -124,9 +123,7 @@ def answer_logits(
     return model(resid[rows, last][:, None], **here)[:, 0]
 
 
-def stream_at(
-    model: HookedSparseTransformer, batch: TaskBatch, stop: int, resid: Resid | None = None, layer: int = 0
-) -> Resid:
+def stream_at(model: HookedModel, batch: TaskBatch, stop: int, resid: Resid | None = None, layer: int = 0) -> Resid:
     """The residual stream that enters block `stop` on the clean prompts, cut to the longest of them."""
     device = model.embed.W_E.device
     tokens = batch.clean[:, : int(batch.lengths.max())].to(device)
@@ -177,7 +174,7 @@ class GateSearch:
     """What learn_gates found: a ranking of nodes, and how the search went."""
 
     order: list[Node]
-    """Nodes of the gated sites, the most needed first. With shared gates, q and k of a channel follow each other."""
+    """Nodes of the gated sites, the most needed first. Nodes that share a gate follow each other, q before k."""
 
     tau: NodeValues
     """Final gate parameters; nodes without a gate have +inf."""
@@ -190,14 +187,15 @@ class GateSearch:
 
 
 class _Gates:
-    """The trainable taus of a model, with q and k of a channel tied where asked."""
+    """The trainable taus of a model. Where q and k of a channel are tied, theirs stands under q, one per k node."""
 
-    def __init__(self, model: HookedSparseTransformer, config: PruneConfig, generator: torch.Generator):
+    def __init__(self, model: HookedModel, config: PruneConfig, generator: torch.Generator):
         self.cfg, self.config = model.cfg, config
         self.tau: dict[Place, Tensor] = {}
         for place in places(model.cfg):
             if place.site in config.sites and not (config.share_qk and place.site == "k"):
-                jitter = 0.01 * torch.randn(width(model.cfg, place.site), generator=generator)
+                n_gates = width(model.cfg, "k" if config.share_qk and place.site == "q" else place.site)
+                jitter = 0.01 * torch.randn(n_gates, generator=generator)
                 self.tau[place] = (config.tau_init + jitter).to(model.embed.W_E).requires_grad_()
         self.gain = {place: torch.zeros_like(tau) for place, tau in self.tau.items()}
 
@@ -205,6 +203,13 @@ class _Gates:
         if self.config.share_qk and place.site == "k":
             place = Place(place.layer, "q")
         return self.tau.get(place)
+
+    def per_node(self, place: Place, of_gates: Float[Tensor, " gate"]) -> Float[Tensor, " width"]:
+        """One number for every node of a place, from one for every gate."""
+        n_heads = group_size(self.cfg) if self.config.share_qk and place.site == "q" else 1
+        if n_heads == 1:
+            return of_gates
+        return of_gates.unflatten(0, (-1, 1, self.cfg.d_head)).expand(-1, n_heads, -1).flatten()
 
     def hooks(self, baseline: NodeValues, step: int, generator: torch.Generator) -> FwdHooks:
         """One draw of the gates, the same for every prompt and position of a batch."""
@@ -218,7 +223,7 @@ class _Gates:
             if id(tau) not in opened:
                 noise = torch.rand(len(tau), generator=generator).logit(eps=1e-6).to(tau) * scale if scale else None
                 opened[id(tau)] = gate(tau, self.config.temperature, noise)
-            hooks.append((place.hook, _gating(opened[id(tau)], baseline[place])))
+            hooks.append((place.hook, _gating(self.per_node(place, opened[id(tau)]), baseline[place])))
         return hooks
 
     @torch.no_grad()
@@ -235,9 +240,11 @@ class _Gates:
             keys += [(-t, -g, place, channel) for channel, (t, g) in enumerate(values)]
         order = []
         for _, _, place, channel in sorted(keys):
-            order.append(Node(place.layer, place.site, channel))
             if self.config.share_qk and place.site == "q":
+                order += [Node(place.layer, "q", query) for query in queries_of(self.cfg, channel)]
                 order.append(Node(place.layer, "k", channel))
+            else:
+                order.append(Node(place.layer, place.site, channel))
         return order
 
     def values(self) -> NodeValues:
@@ -245,7 +252,7 @@ class _Gates:
         for place in places(self.cfg):
             tau = self.of(place)
             none = torch.full((width(self.cfg, place.site),), torch.inf)
-            found[place] = none if tau is None else tau.detach().cpu()
+            found[place] = none if tau is None else self.per_node(place, tau.detach().cpu())
         return NodeValues(found, "gate tau")
 
 
@@ -259,7 +266,7 @@ def objective_of(config: PruneConfig) -> Callable[[AnswerLogits, AnswerLogits, T
 
 
 def learn_gates(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     pairs: TaskBatch,
     config: PruneConfig,
     baseline: NodeValues,
@@ -272,6 +279,7 @@ def learn_gates(
     Raises:
         CircuitError: if `baseline` does not fit the model.
     """
+    model = hooked(model)
     baseline.check(model.cfg)
     baseline = baseline.to(model.embed.W_E)
     batch = both_sides(pairs).to(model.embed.W_E.device)
@@ -348,7 +356,7 @@ def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.
 class _frozen:
     """Inside the block no parameter asks for a gradient."""
 
-    def __init__(self, model: HookedSparseTransformer):
+    def __init__(self, model: HookedModel):
         self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def __enter__(self) -> None:
@@ -361,7 +369,7 @@ class _frozen:
 
 
 @torch.no_grad()
-def all_answer_logits(model: HookedSparseTransformer, batch: TaskBatch, size: int = 128) -> AnswerLogits:
+def all_answer_logits(model: HookedModel, batch: TaskBatch, size: int = 128) -> AnswerLogits:
     """`answer_logits` of a batch of any size: prompts of like length run together, so that little is padding."""
     order = batch.lengths.argsort(stable=True).cpu()
     parts = [answer_logits(model, batch.rows(rows)) for rows in order.split(size)]
@@ -391,7 +399,7 @@ class Fit:
 class Selection:
     """Fixed pairs on which candidate circuits are measured while their size is chosen."""
 
-    def __init__(self, model: HookedSparseTransformer, pairs: TaskBatch, baseline: NodeValues):
+    def __init__(self, model: HookedModel, pairs: TaskBatch, baseline: NodeValues):
         self.model, self.baseline = model, baseline.to(model.embed.W_E)
         self.batch = both_sides(pairs).to(model.embed.W_E.device)
         with evaluating(model):

@@ -149,7 +149,7 @@ def read_model(folder: Path) -> StoredModel:
     return StoredModel(cfg, tensors, tokenizer)
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: Any) -> str:
     """sha256 over names, shapes and values of all weights, whatever form they are stored in; 0 and -0 are one value."""
     return _sha256(model.state_dict())
 

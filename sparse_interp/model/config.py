@@ -4,6 +4,7 @@ A dense model is the same shape with `density=1` and `afrac=None`: its fields ar
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -269,3 +270,66 @@ class ModelConfig(TransformerLensConfig):
         default = {f.name: f.default for f in fields(self)}
         shown = [f"{k}={v!r}" for k, v in self.to_dict().items() if v != default[k] and k not in _DERIVED]
         return f"ModelConfig({', '.join(shown)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What nodes, wires and circuit files need to know of a model, ours or another's: how much of what there is."""
+
+    model_name: str
+    """What the model is called in tables and files."""
+
+    n_layers: int
+    """Blocks."""
+
+    n_ctx: int
+    """Longest prompt, tokens."""
+
+    d_vocab: int
+    """Token ids."""
+
+    d_model: int
+    """Residual-stream channels."""
+
+    d_pos_emb: int | None
+    """Channels of a concatenated position vector; None where there is none."""
+
+    n_heads: int
+    """Heads of queries."""
+
+    n_key_value_heads: int | None
+    """Heads of keys and of values; None where every head has its own."""
+
+    d_head: int
+    """Channels of one head."""
+
+    d_mlp: int
+    """Neurons of one MLP."""
+
+    gated_mlp: bool
+    """Whether a neuron is a product of two branches, each with a weight from the read."""
+
+    attention_dir: str
+    """`causal` or `bidirectional`."""
+
+    norm: str
+    """What normalises each read: `rms`, `layer` or `none`."""
+
+    @property
+    def d_read(self) -> int:
+        """Channels of a block read: the stream's, and the concatenated position's if there is one."""
+        return self.d_model + (self.d_pos_emb or 0)
+
+    @classmethod
+    def of(cls, cfg: "AnyShape") -> "Shape":
+        """The shape that a config describes."""
+        return cls(**{f.name: getattr(cfg, f.name) for f in fields(cls)})
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Shape":
+        """The shape in a dict that may say more: a whole config, as the first circuit files hold it."""
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+
+AnyShape = ModelConfig | Shape
+"""What places and nodes are counted from."""

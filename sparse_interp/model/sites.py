@@ -6,14 +6,14 @@ This is the only file that spells hook names, and the table `WIRES` the only pla
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_interp.errors import CircuitError
-from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.config import AnyShape
 from sparse_interp.model.layers import Block
 
 
@@ -57,7 +57,13 @@ were found so, as the released ones were, speak of it.
 
 EMBED_HOOK = "hook_embed"
 BIGRAM_HOOK = "hook_bigram"
+RESID_PRE_HOOK = "blocks.{layer}.hook_resid_pre"
+RESID_MID_HOOK = "blocks.{layer}.hook_resid_mid"
+RESID_POST_HOOK = FINAL_RESID.hook
 PATTERN_HOOK = "blocks.{layer}.attn.hook_pattern"
+Z_HOOK = "blocks.{layer}.attn.hook_z"
+PRE_HOOK = "blocks.{layer}.mlp.hook_pre"
+PRE_LINEAR_HOOK = "blocks.{layer}.mlp.hook_pre_linear"
 
 
 class Node(NamedTuple):
@@ -83,29 +89,54 @@ class Place(NamedTuple):
         return SITES[self.site].at(self.layer)
 
 
-def places(cfg: ModelConfig, sites: Collection[str] = NODE_SITES) -> list[Place]:
+def places(cfg: AnyShape, sites: Collection[str] = NODE_SITES) -> list[Place]:
     """Every place of a model that is of one of `sites`, in the order of its forward pass."""
     blocks = [Place(layer, site.name) for layer in range(cfg.n_layers) for site in BLOCK_SITES]
     ends = [Place(cfg.n_layers - 1, FINAL_RESID.name), Place(cfg.n_layers, FINAL_READ.name)]
     return [place for place in (*blocks, *ends) if place.site in sites]
 
 
-def width(cfg: ModelConfig, site: str) -> int:
+def width(cfg: AnyShape, site: str) -> int:
     """Number of nodes that `site` has in one layer."""
     assert cfg.d_mlp is not None
     if site not in SITES:
         raise CircuitError(f"{site!r} is no site; the sites are {', '.join(SITES)}.")
+    queries = cfg.n_heads * cfg.d_head
     return {
         "attn_read": cfg.d_read,
         "mlp_read": cfg.d_read,
-        "q": cfg.n_heads * cfg.d_head,
-        "k": cfg.n_heads * cfg.d_head,
-        "v": cfg.n_heads * cfg.d_head,
+        "q": queries,
+        "k": queries // group_size(cfg),
+        "v": queries // group_size(cfg),
         "neuron": cfg.d_mlp,
     }.get(site, cfg.d_model)
 
 
-def n_nodes(cfg: ModelConfig) -> int:
+def group_size(cfg: AnyShape) -> int:
+    """How many query heads share one head of keys and values: 1 unless queries are grouped."""
+    return cfg.n_heads // (cfg.n_key_value_heads or cfg.n_heads)
+
+
+def queries_of(cfg: AnyShape, channel: int) -> list[int]:
+    """The q channels that meet channel `channel` of k; or the channels of all heads that carry that one of v."""
+    head, channel = divmod(channel, cfg.d_head)
+    size = group_size(cfg)
+    return [query * cfg.d_head + channel for query in range(head * size, (head + 1) * size)]
+
+
+def heads_of(cfg: AnyShape, node: Node) -> list[int]:
+    """The heads, as patterns and scores count them, in which a q, k or v node takes part."""
+    channels = [node.channel] if node.site == "q" else queries_of(cfg, node.channel)
+    return [channel // cfg.d_head for channel in channels]
+
+
+def key_of(cfg: AnyShape, channel: int) -> int:
+    """The k channel that channel `channel` of q meets."""
+    head, channel = divmod(channel, cfg.d_head)
+    return head // group_size(cfg) * cfg.d_head + channel
+
+
+def n_nodes(cfg: AnyShape) -> int:
     """Number of nodes of a model."""
     return sum(width(cfg, place.site) for place in places(cfg))
 
@@ -123,8 +154,11 @@ class Wire(NamedTuple):
     weight_name: str
     """TransformerLens name of the matrix within a block."""
 
-    weight: Callable[[Block], Float[Tensor, "source target"]]
-    """The matrix with one row per source node and one column per target node."""
+    weight: Callable[[Any], Float[Tensor, "source target"]]
+    """The matrix, of a block, with one row per source node and one column per target node.
+
+    A v node has one row in W_O for every query head that carries it: those of `queries_of`.
+    """
 
 
 def _heads_out(weight: Float[Tensor, "head d_in d_head"]) -> Float[Tensor, "d_in width"]:
@@ -154,6 +188,24 @@ WIRES = (
 )
 """The within-block weights: what `n_edges` counts, and what training keeps sparse together with W_E and W_U."""
 
+GATE_WIRE = Wire(MLP_READ, NEURON, "mlp.W_gate", lambda block: block.mlp.W_gate)
+"""The second way into a neuron that gated MLPs have."""
+
+
+def wires(cfg: AnyShape) -> tuple[Wire, ...]:
+    """The within-block weights of a model of this shape."""
+    return (*WIRES, GATE_WIRE) if cfg.gated_mlp else WIRES
+
+
+def rows_of(cfg: AnyShape, wire: Wire, channel: int) -> list[tuple[int, str]]:
+    """The rows of a wire's matrix that leave one source node, each with its name.
+
+    There is one row, called as the matrix is; of a v node with grouped queries one per head, called `attn.W_O[head]`.
+    """
+    if wire.source is not V or group_size(cfg) == 1:
+        return [(channel, wire.weight_name)]
+    return [(row, f"{wire.weight_name}[{row // cfg.d_head}]") for row in queries_of(cfg, channel)]
+
 
 @dataclass(frozen=True)
 class NodeValues:
@@ -176,7 +228,7 @@ class NodeValues:
         """The same numbers on the device and in the precision of `like`."""
         return NodeValues({place: v.to(like) for place, v in self.values.items()}, self.kind)
 
-    def check(self, cfg: ModelConfig, sites: Collection[str] = NODE_SITES) -> None:
+    def check(self, cfg: AnyShape, sites: Collection[str] = NODE_SITES) -> None:
         """Raise CircuitError unless there is a number for every node at `sites` of a model of this shape."""
         for place in places(cfg, sites):
             if place not in self.values:
@@ -189,7 +241,7 @@ class NodeValues:
                 )
 
 
-def check_nodes(nodes: Iterable[Node], cfg: ModelConfig) -> None:
+def check_nodes(nodes: Iterable[Node], cfg: AnyShape) -> None:
     """Raise CircuitError for a node that a model of this shape does not have."""
     last = {place.site: place.layer for place in places(cfg, SITES)}
     for node in nodes:
@@ -203,7 +255,7 @@ def check_nodes(nodes: Iterable[Node], cfg: ModelConfig) -> None:
             raise CircuitError(f"{node}: {node.site} has channels 0 to {size - 1}, not {node.channel}.")
 
 
-def masks(nodes: Iterable[Node], cfg: ModelConfig, sites: Collection[str] = ()) -> dict[Place, Bool[Tensor, " width"]]:
+def masks(nodes: Iterable[Node], cfg: AnyShape, sites: Collection[str] = ()) -> dict[Place, Bool[Tensor, " width"]]:
     """For every place, which of its channels are among `nodes`; `final_resid` is there if nodes or `sites` name it."""
     nodes = list(nodes)
     check_nodes(nodes, cfg)

@@ -1,0 +1,404 @@
+"""Dense TransformerLens models, spoken to as one of ours: the one place that knows the difference.
+
+    hooked(model)     ours as it is; a TransformerBridge or a HookedTransformer as a DenseModel
+
+Interventions, circuits and audits ask little of a model: what its config says, hook points by name, weight matrices
+between sites, a forward pass that can stop and start between blocks, a state dict. `DenseModel` is that list. Both
+TransformerLens classes have our names for nearly everything, and what they hold is the same:
+
+    attn_read, mlp_read    what W_Q, W_K, W_V and W_in multiply: normalised, with the norm's gain and bias unless these
+                           are folded away. A bridge has `attn.hook_in` and `mlp.hook_in`; a HookedTransformer has no
+                           such points (`ln1.hook_normalized` comes before gain and bias, and fires three times a run),
+                           so it is given them the first time it comes by
+    q, k, v                before rotation; with grouped queries k and v have `n_key_value_heads` heads
+    neuron                 what W_out multiplies; in a gated MLP the product of the two branches
+
+None of this is taken on trust. The first time a model comes by, every node of it is set to noise, and a model whose
+hook points do not carry that noise through its weights as `WIRES` says, or whose blocks are not attention and then an
+MLP on one stream, is refused with the sentence that does not hold.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from sparse_interp.axes import Logits, Resid, Tokens
+from sparse_interp.errors import ConfigError
+from sparse_interp.model import sites
+from sparse_interp.model.config import Shape
+from sparse_interp.model.sites import SITES, WIRES, Wire, flat, group_size, places, width, wires
+from sparse_interp.model.text import evaluating
+from sparse_interp.model.transformer import HookedSparseTransformer
+
+NORMS = {"LN": "layer", "LNPRE": "layer", "RMS": "rms", "RMSPRE": "rms", "NONE": "none"}
+"""TransformerLens' names of norms, in capitals, and ours; `Pre` are those with gain and bias folded away."""
+
+FOREIGN = {
+    "attn_only": "its blocks have no MLP",
+    "parallel_attn_mlp": "its MLPs read the stream beside attention and not after it",
+    "num_experts": "its MLPs choose among experts",
+    "use_attn_in": "each head reads a stream of its own; call model.set_use_attn_in(False)",
+    "use_split_qkv_input": "each head reads streams of its own; call model.set_use_split_qkv_input(False)",
+    "ungroup_grouped_query_attention": "k and v are repeated; call model.set_ungroup_grouped_query_attention(False)",
+}
+"""Settings of a TransformerLens config under which a model is not made of our sites, and what they mean."""
+
+_proved: WeakSet[nn.Module] = WeakSet()
+"""Models that have shown that their hook points and weights belong together."""
+
+
+class _Stopped(Exception):
+    """Carries the stream out of a run that need not go on."""
+
+    def __init__(self, resid: Resid):
+        super().__init__()
+        self.resid = resid
+
+
+class DenseModel:
+    """A dense TransformerLens model with what interventions, circuits and audits ask of one of ours.
+
+    Args:
+        tl: a `TransformerBridge`, or TransformerLens 3's `HookedTransformer`; `hooked` checks that it is one.
+    """
+
+    def __init__(self, tl: Any):
+        self.tl = tl
+        self.cfg = _shape(tl.cfg)
+
+    # -- its parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or None."""
+        return self.tl.tokenizer
+
+    @property
+    def embed(self) -> Any:
+        """Has `W_E` [d_vocab d_model]."""
+        return self.tl.embed
+
+    @property
+    def unembed(self) -> Any:
+        """Has `W_U` [d_model d_vocab]."""
+        return self.tl.unembed
+
+    @property
+    def ln_final(self) -> Any:
+        """The last norm: its gain `w` (ones where it is folded away) and its point `hook_scale`."""
+        norm = self.tl.ln_final
+        gain = getattr(norm, "w", torch.ones(self.cfg.d_model))
+        return SimpleNamespace(w=gain, hook_scale=norm.hook_scale)
+
+    @property
+    def layers(self) -> list[SimpleNamespace]:
+        """The weight matrices of each block under the names that `WIRES` reads, with as many heads as are stored."""
+        return [_matrices(block) for block in self.tl.blocks]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        return self.tl.parameters()
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """All weights by name."""
+        return self.tl.state_dict()
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """Whether it is in training mode."""
+        return self.tl.training
+
+    def train(self, mode: bool = True) -> None:
+        """Set training mode."""
+        self.tl.train(mode)
+
+    def eval(self) -> None:
+        """Set eval mode."""
+        self.tl.eval()
+
+    def hooks(self, fwd_hooks: list[tuple[str | Callable, Callable]]) -> Any:
+        """A block inside which the hooks act."""
+        return self.tl.hooks(fwd_hooks=fwd_hooks)
+
+    def __call__(
+        self,
+        input: Tensor,
+        return_type: str | None = "logits",
+        *,
+        tokens: Tokens | None = None,
+        attention_mask: Tensor | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+    ) -> Any:
+        """Run the model, as ours is run: tokens in and logits out, or a stream where it starts or stops at a layer.
+
+        A run that starts at a layer has to be given the `tokens` too. TransformerLens has no way into the middle of
+        every model, so the blocks before are run as well and the stream that they make is exchanged for `input`.
+        """
+        if start_at_layer == self.cfg.n_layers:
+            return self._after_blocks(input)
+        hooks: list[tuple[str | Callable, Callable]] = []
+        if start_at_layer is not None:
+            assert tokens is not None
+            hooks.append((sites.RESID_PRE_HOOK.format(layer=start_at_layer), lambda resid, hook: input))
+        if stop_at_layer is not None:
+            hooks.append((_stream_at(self.cfg, stop_at_layer), _stop))
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        try:
+            with self.hooks(hooks):
+                return self.tl(input if tokens is None else tokens, return_type=return_type, **given)
+        except _Stopped as stopped:
+            return stopped.resid
+
+    def _after_blocks(self, resid: Resid) -> Logits:
+        read = resid if self.cfg.norm == "none" else self.tl.ln_final(resid)
+        return self.tl.unembed(read)
+
+
+HookedModel = HookedSparseTransformer | DenseModel
+"""What algorithms work on."""
+
+AnyModel = nn.Module | DenseModel
+"""What a user may pass: ours, or a dense TransformerLens model."""
+
+
+def hooked(model: AnyModel) -> HookedModel:
+    """The model with what interventions, circuits and audits ask of it: ours as it is, another's as a DenseModel.
+
+    Raises:
+        ConfigError: for what is no model, or a model that is not made of our sites; says what it is made of.
+    """
+    if isinstance(model, HookedSparseTransformer | DenseModel):
+        return model
+    parts = ("cfg", "hooks", "embed", "blocks", "unembed")
+    lacking = [part for part in parts if not hasattr(model, part)]
+    if lacking:
+        raise ConfigError(
+            f"a {type(model).__name__} is no model with hook points: it has no {', no '.join(lacking)}. Pass a "
+            "HookedSparseTransformer, or TransformerLens' TransformerBridge or HookedTransformer."
+        )
+    for setting, meaning in FOREIGN.items():
+        if getattr(model.cfg, setting, None):
+            raise _refusal(model, f"{setting}={getattr(model.cfg, setting)}: {meaning}")
+    dense = DenseModel(model)
+    if model not in _proved:
+        _add_read_points(model)
+        _prove(dense)
+        _proved.add(model)
+    return dense
+
+
+def _refusal(tl: Any, why: str) -> ConfigError:
+    return ConfigError(
+        f"{tl.cfg.model_name!r} cannot be taken apart into nodes, {why}. What can: models in which each block is "
+        "attention and then an MLP, both reading a normalised stream and adding to it, and logits are linear in the "
+        "last read."
+    )
+
+
+def _shape(cfg: Any) -> Shape:
+    """What a TransformerLens config says, in our words."""
+    norm = str(cfg.normalization_type).upper()
+    final = "RMS" if getattr(cfg, "final_rms", False) else norm
+    n_key_value_heads = getattr(cfg, "n_key_value_heads", None)
+    return Shape(
+        model_name=cfg.model_name,
+        n_layers=cfg.n_layers,
+        n_ctx=cfg.n_ctx,
+        d_vocab=cfg.d_vocab,
+        d_model=cfg.d_model,
+        d_pos_emb=None,
+        n_heads=cfg.n_heads,
+        n_key_value_heads=None if n_key_value_heads == cfg.n_heads else n_key_value_heads,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp,
+        gated_mlp=bool(getattr(cfg, "gated_mlp", False)),
+        attention_dir=cfg.attention_dir,
+        norm=NORMS.get(final, final),
+    )
+
+
+def _matrices(block: Any) -> SimpleNamespace:
+    attn, mlp = block.attn, block.mlp
+    stored = {letter: getattr(attn, f"_W_{letter}", getattr(attn, f"W_{letter}")) for letter in "QKVO"}
+    gate = getattr(mlp, "W_gate", None)
+    return SimpleNamespace(
+        attn=SimpleNamespace(**{f"W_{letter}": weight for letter, weight in stored.items()}),
+        mlp=SimpleNamespace(W_in=mlp.W_in, W_in_pos=None, W_gate=gate, W_out=mlp.W_out),
+    )
+
+
+def _stream_at(cfg: Shape, layer: int) -> str:
+    """Hook point of the stream that enters block `layer`, or leaves the last one."""
+    if layer < cfg.n_layers:
+        return sites.RESID_PRE_HOOK.format(layer=layer)
+    return sites.RESID_POST_HOOK.format(layer=cfg.n_layers - 1)
+
+
+def _stop(resid: Resid, hook: HookPoint) -> None:
+    raise _Stopped(resid)
+
+
+# -- read points for a HookedTransformer ------------------------------------------------------------------------------
+
+
+def _add_read_points(tl: Any) -> None:
+    """Give attention and MLPs a `hook_in` where they have none. Weights and results stay as they are."""
+    if sites.ATTN_READ.at(0) in tl.hook_dict:
+        return
+    if tl.cfg.positional_embedding_type == "shortformer":
+        raise _refusal(tl, "positional_embedding_type='shortformer': its values read another stream than its queries")
+    for block in tl.blocks:
+        for part in (block.attn, block.mlp):
+            part.hook_in = HookPoint()
+            part.register_forward_pre_hook(_through_hook_in, with_kwargs=True)
+    tl.setup()  # names the new points
+
+
+def _through_hook_in(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What a part of a HookedTransformer's block is given, through its `hook_in`: one read for q, k and v."""
+    if args:
+        return (part.hook_in(args[0]), *args[1:]), kwargs
+    inputs = ("query_input", "key_input", "value_input")
+    if kwargs["query_input"].ndim != 3:
+        raise ConfigError(
+            "heads that read streams of their own have no common read: switch use_attn_in and use_split_qkv_input off."
+        )
+    return args, kwargs | dict.fromkeys(inputs, part.hook_in(kwargs["query_input"]))
+
+
+# -- proof that hook points and weights belong together ---------------------------------------------------------------
+
+
+class _Noise:
+    """A run in which every node outside the sites `spared` is noise, the same noise in every run."""
+
+    came: dict[str, Tensor]
+    """What came to each hook point."""
+
+    left: dict[str, Tensor]
+    """What left it: where there are nodes, noise."""
+
+    logits: Logits
+    """Where the run ended."""
+
+    def __init__(self, model: DenseModel, tokens: Tokens, spared: tuple[str, ...] = ()):
+        self.came, self.left = {}, {}
+        generator = torch.Generator().manual_seed(0)
+        noise = {
+            place.hook: None if place.site in spared else drawn
+            for place in places(model.cfg)
+            for drawn in [torch.randn(*tokens.shape, width(model.cfg, place.site), generator=generator)]
+        }
+
+        def through(activation: Tensor, hook: HookPoint, name: str) -> Tensor | None:
+            if name in self.came:
+                raise _refusal(model.tl, f"{name} fires more than once in a run")
+            self.came[name] = self.left[name] = activation
+            drawn = noise.get(name)
+            if drawn is None:
+                return None
+            if flat(activation).shape != drawn.shape:
+                raise _refusal(
+                    model.tl,
+                    f"{name} has shape {list(activation.shape)}, and its config speaks of {drawn.shape[-1]} channels",
+                )
+            self.left[name] = drawn.to(activation).view_as(activation)
+            return self.left[name]
+
+        names = _points(model.cfg)
+        missing = [name for name in names if name not in model.tl.hook_dict]
+        if missing:
+            raise _refusal(model.tl, f"it has no hook point {missing[0]}")
+        with model.hooks([(name, partial(through, name=name)) for name in names]):
+            self.logits = model(tokens)
+        silent = [name for name in names if name not in self.came]
+        if silent:
+            raise _refusal(model.tl, f"{silent[0]} does not fire")
+
+
+def _points(cfg: Shape) -> list[str]:
+    """Every hook point that the proof looks at."""
+    between = [sites.Z_HOOK, sites.PATTERN_HOOK, sites.RESID_PRE_HOOK, sites.RESID_MID_HOOK, sites.RESID_POST_HOOK]
+    between += [sites.PRE_HOOK, *[sites.PRE_LINEAR_HOOK] * cfg.gated_mlp]
+    inside = [hook.format(layer=layer) for layer in range(cfg.n_layers) for hook in between]
+    return [sites.EMBED_HOOK, *inside, *(place.hook for place in places(cfg))]
+
+
+@torch.no_grad()
+def _prove(model: DenseModel) -> None:
+    """Raise ConfigError unless noise in place of every node goes where `WIRES` says."""
+    n = min(4, model.cfg.n_ctx)
+    tokens = (torch.arange(2 * n) % model.cfg.d_vocab).view(2, n).to(model.embed.W_E.device)
+    with evaluating(model):
+        noisy = _Noise(model, tokens)
+        for sentence, found, expected in _statements(model, tokens, noisy):
+            error = float((found - expected).abs().max())
+            bound = torch.finfo(found.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
+            if not error <= bound:
+                raise _refusal(model.tl, f"it is not true that {sentence} (off by {error:.2g}, bound {bound:.2g})")
+        for site in ("q", "k"):
+            spared = _Noise(model, tokens, spared=(site,))
+            for layer in range(model.cfg.n_layers):
+                name = sites.PATTERN_HOOK.format(layer=layer)
+                if torch.equal(spared.came[name], noisy.came[name]):
+                    raise _refusal(model.tl, f"what is written to {SITES[site].at(layer)} does not reach the pattern")
+
+
+def _statements(model: DenseModel, tokens: Tokens, noisy: _Noise) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What has to be true, in words, and its two sides."""
+    came, left = noisy.came, noisy.left
+    read = left[SITES["final_read"].hook]
+    yield "W_U carries the last read to the logits", _steps(noisy.logits), _steps(read) @ model.unembed.W_U
+    yield "the embedding is a row of W_E", came[sites.EMBED_HOOK], model.embed.W_E[tokens]
+    for layer, block in enumerate(model.layers):
+        at = {name: hook.format(layer=layer) for name, hook in _HOOKS.items()}
+        for wire in wires(model.cfg):
+            source, target = (at[end] for end in _carried(model.cfg, wire))
+            sentence = f"{wire.weight_name} carries {source} to {target}"
+            yield sentence, _steps(came[target]), _steps(left[source]) @ wire.weight(block)
+        values = left[at["v"]].repeat_interleave(group_size(model.cfg), dim=2)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", came[at["pattern"]], values)
+        yield f"{at['z']} is the pattern times {at['v']}", came[at["z"]], mixed
+        for before, write, after in (("pre", "attn_write", "mid"), ("mid", "mlp_write", "post")):
+            total = came[at[before]] + left[at[write]]
+            yield f"{at[after]} is {at[before]} plus {at[write]}", came[at[after]], total
+    logits = model(tokens)
+    for layer in range(model.cfg.n_layers + 1):
+        stream = model(tokens, stop_at_layer=layer)
+        found = model(stream, tokens=tokens, start_at_layer=layer)
+        yield f"a run that starts again at layer {layer} ends as one that never stopped", found, logits
+
+
+_HOOKS = {name: site.hook for name, site in SITES.items()} | {
+    "z": sites.Z_HOOK,
+    "pattern": sites.PATTERN_HOOK,
+    "neuron input": sites.PRE_HOOK,
+    "gated input": sites.PRE_LINEAR_HOOK,
+    "pre": sites.RESID_PRE_HOOK,
+    "mid": sites.RESID_MID_HOOK,
+    "post": sites.RESID_POST_HOOK,
+}
+
+
+def _carried(cfg: Shape, wire: Wire) -> tuple[str, str]:
+    """The two hook points between which a weight matrix, but for a bias, is all there is."""
+    if wire.source is sites.V:
+        return "z", wire.target.name
+    if wire.target is sites.NEURON:
+        return wire.source.name, "gated input" if cfg.gated_mlp and wire in WIRES else "neuron input"
+    return wire.source.name, wire.target.name
+
+
+def _steps(activation: Tensor) -> Float[Tensor, "row width"]:
+    """How an activation differs from one position to the next; biases drop out."""
+    return flat(activation).flatten(0, 1).diff(dim=0)
