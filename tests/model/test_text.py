@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sparse_interp.errors import TokenizerError
@@ -41,6 +43,18 @@ def test_missing_special_tokens_take_the_value_of_another(make_model, given):
 def test_a_tokenizer_without_any_special_token_is_refused(make_model):
     with pytest.raises(TokenizerError, match="neither an eos, a pad nor a bos token"):
         make_model(words())
+
+
+def test_a_tokenizer_that_begins_texts_itself_is_not_doubled_and_can_be_silenced(make_model):
+    own = words("eos_token", "pad_token")
+    own.bos_token = "<begin>"
+    own.backend_tokenizer.post_processor = TemplateProcessing("<begin> $A", special_tokens=[("<begin>", 3)])
+    own.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    assert own("a b")["input_ids"] == [3, 0, 1]
+    model = make_model(own)
+    assert model.to_tokens("a b").tolist() == [[3, 0, 1]]
+    assert model.to_tokens("a b", prepend_bos=False).tolist() == [[0, 1]]
+    assert model.to_str_tokens("a b") == ["<begin>", "a", "b"]
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_says_why_it_takes_no_text(plain_model):
@@ -135,6 +149,37 @@ def test_a_list_of_texts_runs_as_its_texts_one_by_one(side, model):
         torch.testing.assert_close(logits[row, mask[row].bool()], model(text)[0], atol=1e-5, rtol=1e-5)
     losses = [model(t, return_type="loss", loss_per_token=True)[0] for t in texts]
     torch.testing.assert_close(model(texts, return_type="loss", padding_side=side), torch.cat(losses).mean())
+
+
+def test_a_text_runs_as_its_ids_with_or_without_bos(model):
+    for bos in (True, False, None):
+        assert torch.equal(model("x = 1", prepend_bos=bos), model(model.to_tokens("x = 1", prepend_bos=bos)))
+    assert model("x = 1", prepend_bos=False).shape[1] == model("x = 1").shape[1] - 1
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_ids_padded_on_the_left_are_masked_where_that_side_is_said(bos, model, monkeypatch):
+    """By the argument, or by the tokenizer; else ids are what they are, as in TransformerLens."""
+    texts = ["def f(x):", "x", "y = 'a'"]
+    expected = model(texts, prepend_bos=bos, padding_side="left")
+    tokens, mask = model.to_tokens_and_mask(texts, prepend_bos=bos, padding_side="left")
+    got = model(tokens, prepend_bos=bos, padding_side="left")
+    assert torch.equal(got[mask.bool()], expected[mask.bool()])
+    assert not torch.allclose(model(tokens, prepend_bos=bos)[mask.bool()], expected[mask.bool()], atol=1e-3)
+    monkeypatch.setattr(model.tokenizer, "padding_side", "left")
+    assert torch.equal(model(tokens, prepend_bos=bos), got)
+    assert torch.equal(model(texts, prepend_bos=bos), expected)
+    losses = [
+        model(text, prepend_bos=bos, return_type="loss", loss_per_token=True)[0] for text in texts if text != "x" or bos
+    ]
+    torch.testing.assert_close(model(tokens, prepend_bos=bos, return_type="loss"), torch.cat(losses).mean())
+
+
+def test_a_row_of_nothing_but_padding_is_refused(model):
+    tokens = torch.tensor([[BOS, BOS], [BOS, 5]])
+    with pytest.raises(TokenizerError, match="row 0 of attention_mask has no token"):
+        model(tokens, prepend_bos=False, padding_side="left")
+    assert model(tokens, prepend_bos=True, padding_side="left").isfinite().all()  # there it is a text of bos alone
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,18 @@ def test_return_types_are_logits_loss_both_or_nothing(plain_model, tokens):
         plain_model(tokens, return_type="logit")
 
 
+def test_both_is_a_named_pair_also_per_token(plain_model, tokens):
+    both = plain_model(tokens, return_type="both", loss_per_token=True)
+    assert both._fields == ("logits", "loss") and both.loss.shape == (3, 6)
+    logits, loss = both
+    assert torch.equal(plain_model.loss_fn(logits, tokens, per_token=True), loss)
+    torch.testing.assert_close(plain_model.loss_fn(logits, tokens), loss.mean())
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    masked = plain_model(tokens, attention_mask=mask, return_type="both")
+    assert torch.equal(plain_model.loss_fn(masked.logits, tokens, mask), masked.loss)
+
+
 def test_a_loss_of_one_token_is_refused(plain_model):
     with pytest.raises(TokenizerError, match="needs at least 2 tokens; got 1"):
         plain_model(torch.tensor([[3]]), return_type="loss")
@@ -465,6 +477,29 @@ def test_copies_and_pickles_compute_the_same(any_model, tokens):
     expected = any_model(tokens)
     assert torch.equal(copy.deepcopy(any_model)(tokens), expected)
     assert torch.equal(pickle.loads(pickle.dumps(any_model))(tokens), expected)
+
+
+def test_a_copy_has_switches_hooks_and_weights_of_its_own(plain_model, tokens):
+    expected = plain_model(tokens)
+    for other in (copy.deepcopy(plain_model), pickle.loads(pickle.dumps(plain_model))):
+        other.set_use_attn_result(True)
+        name = "blocks.0.attn.hook_result"
+        other.add_hook(name, lambda heads, hook: heads * 0)
+        assert name in other.run_with_cache(tokens)[1] and not torch.equal(other(tokens), expected)
+        other.reset_hooks()
+        torch.testing.assert_close(other(tokens), expected, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            other.embed.W_E.zero_()
+    assert name not in plain_model.run_with_cache(tokens)[1] and torch.equal(plain_model(tokens), expected)
+
+
+def test_a_state_makes_another_model_the_same(make_model, tokens):
+    model, other = make_model(), make_model(seed=5)
+    assert not torch.equal(other(tokens), model(tokens))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens), model(tokens))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({"embed.W_E": model.W_E})
 
 
 def test_the_state_has_parameters_and_the_table_and_nothing_else(any_model):
