@@ -1,14 +1,14 @@
 # make demo   train nothing, need nothing: a real circuit of the bundled model, with its audit and its page, in out/demo
 # make test   every test
-# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | figures | tl39
+# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | notebooks | figures | tl39
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := fast,viz,search,test,dev
+EXTRAS := fast,viz,search,notebooks,test,dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv lint bench figures tl39
+.PHONY: demo test venv lint bench notebooks figures tl39
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -36,6 +36,9 @@ lint: venv
 
 bench: venv
 	@set -e; for claim in benchmarks/*.py; do echo "== $$claim"; $(BIN)/python $$claim; done
+
+notebooks: venv
+	$(BIN)/python notebooks/run.py
 
 figures: venv
 	$(BIN)/sparse-interp figures --out out/figures
