@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ForwardRef
 import pandas as pd
 import torch
 
-from sparse_interp.circuit.files import CircuitFiles
+from sparse_interp.circuit.files import EDGE_TYPES, CircuitFiles
 from sparse_interp.circuit.pictures import CircuitPictures
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
@@ -39,7 +39,6 @@ from sparse_interp.model.sites import (
     heads_of,
     masks,
     places,
-    queries_of,
     rows_of,
     wires,
 )
@@ -241,13 +240,13 @@ class Circuit(CircuitFiles, CircuitPictures):
         in_order = [(_order(self.cfg)[Place(*row[:2])], row[2]) for row in _places_of(both_nodes)]
         both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
         names = [str(Node(*row)) for row in _places_of(both_nodes)]
-        both_edges = pd.concat([self.edges, other.edges], ignore_index=True)
-        both_edges = both_edges.drop_duplicates(["source", "target", "kind", "weight_name"])
-        ends = both_edges.source.isin(wanted) & both_edges.target.isin(wanted)
+        weights = pd.concat([part[part.kind == "weight"] for part in (self.edges, other.edges)], ignore_index=True)
+        weights = weights.drop_duplicates(["source", "target", "weight_name"])
+        weights = weights[weights.source.isin(wanted) & weights.target.isin(wanted)]
         return replace(
             self,
             nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
-            edges=_steering_something(both_edges[ends], self.cfg).reset_index(drop=True),
+            edges=with_wires(weights, nodes, self.cfg),
             scores=self.scores.iloc[:0],
             history=self.history.iloc[:0],
         )
@@ -321,39 +320,33 @@ def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
     return [(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
 
 
-def _steering_something(edges: pd.DataFrame, cfg: AnyShape) -> pd.DataFrame:
-    """`edges` without attention wires of heads that carry nothing to the write any more: their v nodes are gone."""
-    carried = set()
-    for row in edges[edges.weight_name.str.startswith("attn.W_O")].itertuples():
-        layer, _, channel = row.source.split(".")
-        _, _, head = row.weight_name.rstrip("]").partition("[")  # named where queries are grouped
-        carried.add((layer, int(head) if head else int(channel) // cfg.d_head, row.target))
-
-    def idle(source: str, target: str) -> bool:
-        layer, site, channel = source.split(".")
-        heads = heads_of(cfg, Node(0, site, int(channel)))
-        return not any((layer, head, target) in carried for head in heads)
-
-    steering = edges[edges.kind == "attention"]
-    ends = zip(steering.index, steering.source, steering.target, strict=True)
-    return edges.drop(index=[index for index, source, target in ends if idle(source, target)])
-
-
 def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:
-    """Whether some node of `first` and some node of `second` stand at the two ends of a kind of edge."""
-    ends = {(wire.source.name, wire.target.name) for wire in WIRES} | {("q", "attn_write"), ("k", "attn_write")}
-    ends |= {(written, read) for written in _WRITES for read in _READS}
+    """Whether some node of `first` and some node of `second` stand at the two ends of a kind of weight."""
+    ends = {(wire.source.name, wire.target.name) for wire in WIRES}
     sites = {(a.site, b.site) for a in first for b in second}
     return any((a, b) in ends or (b, a) in ends for a, b in sites)
 
 
 def edges_between(model: HookedModel, nodes: Iterable[Node]) -> pd.DataFrame:
     """Every wire between two of `nodes`: weights, residual identities, and q/k to write."""
+    nodes = list(nodes)
+    weights = pd.DataFrame(_weight_edges(model, _channels(nodes)), columns=list(EDGE_COLUMNS))
+    return with_wires(weights, nodes, model.cfg)
+
+
+def with_wires(weights: pd.DataFrame, nodes: Iterable[Node], cfg: AnyShape) -> pd.DataFrame:
+    """The weights between `nodes`, and behind them the wires that need no weight of their own to be known."""
+    channels = _channels(nodes)
+    rows = [*_residual_wires(cfg, channels), *_attention_wires(cfg, channels, weights)]
+    wires = pd.DataFrame(rows, columns=list(EDGE_COLUMNS))
+    return pd.concat([part.astype(EDGE_TYPES) for part in (weights, wires)], ignore_index=True)
+
+
+def _channels(nodes: Iterable[Node]) -> dict[Place, list[int]]:
     channels: dict[Place, list[int]] = {}
     for node in sorted(nodes, key=lambda n: n.channel):
         channels.setdefault(Place(node.layer, node.site), []).append(node.channel)
-    rows = [*_weight_edges(model, channels), *_residual_wires(model.cfg, channels), *_attention_wires(model, channels)]
-    return pd.DataFrame(rows, columns=list(EDGE_COLUMNS)).astype({"weight": float})
+    return channels
 
 
 def _weight_edges(model: HookedModel, channels: dict[Place, list[int]]) -> Iterator[tuple]:
@@ -381,20 +374,19 @@ def _residual_wires(cfg: AnyShape, channels: dict[Place, list[int]]) -> Iterator
                     yield str(Node(*written, channel)), str(Node(*read, channel)), "residual", "", 1.0
 
 
-def _attention_wires(model: HookedModel, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+def _attention_wires(cfg: AnyShape, channels: dict[Place, list[int]], weights: pd.DataFrame) -> Iterator[tuple]:
     """From each q and k to the writes that its head's kept v nodes reach: the pattern carries it there."""
-    for layer, block in enumerate(model.layers):
-        values, writes = channels.get(Place(layer, "v"), []), channels.get(Place(layer, "attn_write"), [])
-        weight = block.attn.W_O.detach().flatten(0, 1)
-        reached: dict[int, set[int]] = {}
-        for row in (row for v in values for row in queries_of(model.cfg, v)):
-            reached.setdefault(row // model.cfg.d_head, set()).update(w for w in writes if weight[row, w] != 0)
-        for site in ("q", "k"):
-            for channel in channels.get(Place(layer, site), []):
-                node = Node(layer, site, channel)
-                steered = [reached.get(head, set()) for head in heads_of(model.cfg, node)]
-                for write in sorted(set().union(*steered)):
-                    yield str(node), str(Node(layer, "attn_write", write)), "attention", "", 0.0
+    reached: dict[tuple[str, int], set[int]] = {}
+    for row in weights[weights.weight_name.str.startswith("attn.W_O")].itertuples():
+        layer, _, channel = row.source.split(".")
+        _, _, head = row.weight_name.rstrip("]").partition("[")  # named where queries are grouped
+        write = int(row.target.rpartition(".")[2])
+        reached.setdefault((layer, int(head) if head else int(channel) // cfg.d_head), set()).add(write)
+    for place in (Place(layer, site) for layer in range(cfg.n_layers) for site in ("q", "k")):
+        for node in (Node(*place, channel) for channel in channels.get(place, [])):
+            steered = [reached.get((f"L{node.layer}", head), set()) for head in heads_of(cfg, node)]
+            for write in sorted(set().union(*steered)):
+                yield str(node), str(Node(node.layer, "attn_write", write)), "attention", "", 0.0
 
 
 def token_edges(

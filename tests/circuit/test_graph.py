@@ -194,6 +194,7 @@ def test_circuits_combine_as_sets_of_nodes(plain_model, some_nodes, zero):
         known = set(combined.edges[["source", "target", "kind"]].itertuples(index=False, name=None))
         expected = set(anew.edges[["source", "target", "kind"]].itertuples(index=False, name=None))
         assert known == expected if combined is not union else known < expected
+        assert {row for row in known if row[2] == "residual"} == {row for row in expected if row[2] == "residual"}
         assert combined.transplanted(plain_model).edges.equals(anew.edges)
 
 
