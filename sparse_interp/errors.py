@@ -37,5 +37,9 @@ class DownloadError(SparseInterpError, OSError):
     """A file that could not be fetched, or that is not the file it should be."""
 
 
+class NotPublishedError(DownloadError):
+    """A file or repository that, by its server's word, does not exist."""
+
+
 class WrongToolWarning(UserWarning):
     """A tool of TransformerLens that gives wrong numbers on this model; the message names what gives the right ones."""

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures are drawn into memory, whatever screen there is
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # read when huggingface_hub is imported; nobody listens there
 
 
 @pytest.fixture
@@ -25,6 +29,31 @@ def generator() -> torch.Generator:
 def one_thread():
     """Tensors here are tiny: a second thread only waits, and on a busy machine others wait for it."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def this_machine_alone(tmp_path_factory):
+    """A test that reaches for another machine fails, and none finds what its user has in the cache."""
+    connect, resolve = socket.socket.connect, socket.getaddrinfo
+
+    def connect_here(sock, address):
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            pytest.fail(f"a test reached for {address}")  # an error that no library catches and tries again
+        return connect(sock, address)
+
+    def resolve_here(host, *rest, **options):
+        if host not in LOOPBACK:
+            pytest.fail(f"a test asked for the address of {host!r}")
+        return resolve(host, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        patch.setattr(socket, "getaddrinfo", resolve_here)
+        patch.setenv("SPARSE_INTERP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NO_PROXY", ",".join(LOOPBACK))
+        for name in ("SPARSE_INTERP_OFFLINE", "SPARSE_INTERP_MIRROR"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,14 +26,12 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import huggingface_hub
-import requests
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError as TransportError
 
-from sparse_interp.errors import DownloadError, SparseInterpError
+from sparse_interp.errors import DownloadError, NotPublishedError, SparseInterpError
 
 ATTEMPTS = 5
 """Attempts in a row that bring less than `HEADWAY`, before giving up."""
@@ -56,7 +55,15 @@ PASSING = {408, 425, 429}
 """Refusals that say: later."""
 
 
-def fetch(url: str, path: Path, *, size: int | None = None, sha256: str | None = None, progress: bool = True) -> Path:
+def fetch(
+    url: str,
+    path: Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    check: Callable[[Path], str | None] | None = None,
+    progress: bool = True,
+) -> Path:
     """The file at `url`, as `path`; a file that is there already, of the right size, is taken as it is.
 
     An interrupted call leaves what had come, and the next one goes on from there. Processes that want one file fetch it
@@ -65,16 +72,18 @@ def fetch(url: str, path: Path, *, size: int | None = None, sha256: str | None =
     Args:
         size: bytes that the file has, where that is known.
         sha256: its sha256 in hexadecimal digits, where that is known; or the first of them.
+        check: says what else is wrong with the file, before it takes its place.
 
     Raises:
+        NotPublishedError: if the server says that there is no such file.
         DownloadError: if the file cannot be fetched, is not the one that it should be, or cannot be written.
     """
-    if _is_there(path, size):
+    if is_there(path, size):
         return path
     with _disk_errors(path), only_one(path, progress):
-        if not _is_there(path, size):
+        if not is_there(path, size):
             partial = _Partial(path)
-            _bring(url, partial, size, sha256, progress)
+            _bring(url, partial, size, sha256, check, progress)
             partial.become(path)
     return path
 
@@ -95,6 +104,7 @@ def fetch_repository(
         hub: address of the hub; None leaves it to huggingface_hub, which obeys HF_ENDPOINT.
 
     Raises:
+        NotPublishedError: if the hub says that there is no such repository.
         DownloadError: if the repository cannot be fetched, or a file in it is not what the hub says it is.
     """
     if folder.is_dir():
@@ -176,7 +186,8 @@ class _Partial:
         self.note.unlink(missing_ok=True)
 
 
-def _is_there(path: Path, size: int | None) -> bool:
+def is_there(path: Path, size: int | None) -> bool:
+    """A file is at `path`, and has that size, if one is given."""
     return path.is_file() and size in (None, path.stat().st_size)
 
 
@@ -221,7 +232,14 @@ class _Passing(Exception):
         self.pause_s = pause_s
 
 
-def _bring(url: str, partial: _Partial, size: int | None, sha256: str | None, progress: bool) -> None:
+def _bring(
+    url: str,
+    partial: _Partial,
+    size: int | None,
+    sha256: str | None,
+    check: Callable[[Path], str | None] | None,
+    progress: bool,
+) -> None:
     """Have the whole file in `partial`, checked.
 
     If the check fails and some of the bytes were there before, they may be what is wrong: once more, from the start.
@@ -231,8 +249,8 @@ def _bring(url: str, partial: _Partial, size: int | None, sha256: str | None, pr
     for _ in range(2):
         with tqdm(desc=name, total=size, initial=partial.n_bytes, disable=not progress, **shown) as bar:
             resumed = _receive(url, partial, size, sha256, bar)
-        fault = _fault(partial.file, size, sha256)
-        if fault is None:
+        fault = _fault(partial.file, size, sha256) or (check and check(partial.file))
+        if not fault:
             return
         partial.discard()
         if not resumed:
@@ -326,7 +344,11 @@ class _Answer:
     """
 
     def __init__(self, url: str, start: int, etag: str | None):
-        self.url = url
+        import requests  # when something is fetched and not before: these two take their time, and set warning filters
+        import urllib3
+
+        self.requests, self.url = requests, url
+        self.failures = (requests.RequestException, urllib3.exceptions.HTTPError)
         self.headers = {"Accept-Encoding": "identity"}
         if start:
             self.headers["Range"] = f"bytes={start}-"
@@ -335,39 +357,39 @@ class _Answer:
 
     def __enter__(self) -> "_Answer":
         try:
-            self.response = requests.get(
+            self.response = self.requests.get(
                 self.url, headers=self.headers, stream=True, timeout=(CONNECT_S, READ_S), allow_redirects=True
             )
-        except (requests.RequestException, TransportError) as error:
+        except self.failures as error:
             self._raise(error)
         self.status = self.response.status_code
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.response.close()
-        if isinstance(error, requests.RequestException | TransportError):
+        if isinstance(error, self.failures):
             self._raise(error)
 
     def _raise(self, error: Exception) -> NoReturn:
         """Say what kind of failure of the connection `error` is."""
-        said = repr(error)
+        known, said = self.requests.exceptions, repr(error)
         if "CERTIFICATE_VERIFY_FAILED" in said:
             raise DownloadError(
                 f"{self.url}: the server's certificate is not one that this machine trusts. If a proxy stands between, "
                 "name its certificates in REQUESTS_CA_BUNDLE."
             ) from error
-        final = requests.TooManyRedirects | requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema
-        if isinstance(error, final | requests.exceptions.MissingSchema):
+        final = known.TooManyRedirects | known.InvalidURL | known.InvalidSchema | known.MissingSchema
+        if isinstance(error, final):
             raise DownloadError(f"{self.url} leads nowhere: {error}; check the address.") from error
-        if isinstance(error, requests.ConnectTimeout):
+        if isinstance(error, known.ConnectTimeout):
             raise _Passing(f"no connection within {CONNECT_S:g} s") from error
-        if isinstance(error, requests.Timeout) or "timed out" in said:
+        if isinstance(error, known.Timeout) or "timed out" in said:
             raise _Passing(f"the server sent nothing for {READ_S:g} s") from error
-        if isinstance(error, requests.exceptions.ProxyError):
+        if isinstance(error, known.ProxyError):
             raise _Passing("the proxy did not let the connection through") from error
         if "NameResolutionError" in said or "getaddrinfo" in said:
             raise _Passing(f"the name {urlsplit(self.url).hostname} leads to no address") from error
-        if isinstance(error, requests.exceptions.ContentDecodingError):
+        if isinstance(error, known.ContentDecodingError):
             raise _Passing("the answer is compressed, and damaged") from error
         raise _Passing("the connection was refused" if "refused" in said else "the connection was lost") from error
 
@@ -400,10 +422,13 @@ class _Answer:
         if self.status in PASSING or self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             asked = self.response.headers.get("Retry-After", "")
             raise _Passing(f"the server answered {phrase}", float(asked) if asked.isdigit() else 0.0)
-        advice = "check the address, or whether the server lets you have it"
         if self.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-            advice = "there is no such file; check the name, or whether it has been withdrawn"
-        raise DownloadError(f"{self.url} could not be fetched: {phrase}; {advice}.")
+            raise NotPublishedError(
+                f"{self.url} is not there ({phrase}); check the name, or whether the file has been withdrawn."
+            )
+        raise DownloadError(
+            f"{self.url} could not be fetched: {phrase}; check the address, or whether the server lets you have it."
+        )
 
     @property
     def encoded(self) -> bool:
@@ -460,15 +485,15 @@ def _from_the_hub(
     except SparseInterpError:
         raise
     except RepositoryNotFoundError as error:
-        raise DownloadError(
+        raise NotPublishedError(
             f"the Hugging Face hub has no repository {name} that you may read; check the name, and for one that is not "
             "public log in with `hf auth login`."
         ) from error
     except Exception as error:  # the client raises the errors of whichever HTTP library its version is built on
-        said = " ".join(str(error).split())
+        said = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise DownloadError(
-            f"the Hugging Face repository {name} could not be fetched: {type(error).__name__}: {said[:300]} Check the "
-            "network and try again; what has come is kept."
+            f"the Hugging Face repository {name} could not be fetched. Check the network and try again; what has come "
+            f"is kept. {type(error).__name__}: {said}"
         ) from error
     finally:
         if not progress and not silent:

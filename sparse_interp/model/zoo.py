@@ -1,46 +1,81 @@
 """Names of models, and the folders that hold them.
 
-    model_folder("stdlib-small")      a bundled model
-    model_folder("runs/mine/model")   a folder that `model.save` wrote, or that training left
-    models()                          what is bundled, one row each
+    model_folder("stdlib-small")              a bundled model
+    model_folder("runs/mine/model")           a folder of any form that can be loaded
+    model_folder("openai/csp_yolo2")          a model of OpenAI's store, fetched once
+    model_folder("openai/circuit-sparsity")   a repository of the Hugging Face hub, fetched once; any `owner/name`
+    models()                                  what there is, one row each
 
-A name is a folder of `data/models/`.
+This module alone reads the environment:
+
+    SPARSE_INTERP_CACHE     the folder where all that is fetched is kept; its layout is in model/store.py
+    SPARSE_INTERP_OFFLINE   1 to fetch nothing
+    SPARSE_INTERP_MIRROR    another address of OpenAI's store, with the same files
+    HF_ENDPOINT             another address of the Hugging Face hub
 """
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 import pandas as pd
+import platformdirs
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_interp.data_files import data_folder
-from sparse_interp.errors import CheckpointError, ConfigError
+from sparse_interp.errors import CheckpointError, ConfigError, DownloadError, NotPublishedError
 from sparse_interp.model.checkpoint import (
     CARD,
     CONFIG,
     MEANS,
     VALIDATION,
-    ModelFiles,
     load_node_values,
     load_validation,
     read_config,
     weights_sha256,
 )
+from sparse_interp.model.releases import (
+    ALIASES,
+    BASE,
+    HUB,
+    HUB_NAME,
+    HUB_TWIN,
+    OWNER,
+    RELEASES,
+    SINGLE,
+    SWEEP,
+    TOKENIZER,
+    CircuitName,
+    Release,
+)
 from sparse_interp.model.sites import NodeValues
+from sparse_interp.model.store import Store, model_files, tokenizer_files
 from sparse_interp.results import Table
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""`owner/name`."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelTable(Table):
-    """One row per model: its shape, its non-zero parameters and its loss on held-out text beside the bigram table's."""
+    """One row per model: what it is, where it is, and for one of ours its loss on held-out text.
+
+    `form` says how it is stored: `ours`, `openai` (beeg_config.json and final_model.pt) or `hugging face`; `cached`,
+    whether all its files are on this machine.
+    """
 
     columns: ClassVar[tuple[str, ...]] = (
         "name",
+        "form",
+        "where",
+        "cached",
+        "n_bytes",
         "kind",
         "n_layers",
         "d_model",
@@ -53,8 +88,18 @@ class ModelTable(Table):
 
 
 def models() -> ModelTable:
-    """The bundled models."""
+    """The models that can be loaded by name: the bundled ones, and those that are known to be published.
+
+    Nothing is fetched. The sweep has one row, and one more for each of its models that is cached.
+    """
+    store = _store()
     rows = [_row(folder) for _, folder in sorted(_bundled().items())]
+    rows += [_released_row(release, store) for release in SINGLE]
+    sweep = [_released_row(release, store) for release in RELEASES.values() if release not in SINGLE]
+    family = {"name": SWEEP.format("<width>", "<n>", "<share>"), "form": "openai", "where": _host(store.base)}
+    rows += [family | {"cached": False, "kind": "sparse", "n_layers": sweep[0]["n_layers"]}]
+    rows += [row for row in sweep if row["cached"]]
+    rows += [_repository_row(name, store) for name in dict.fromkeys([HUB_NAME, *store.repositories()])]
     return ModelTable(pd.DataFrame(rows, columns=list(ModelTable.columns)))
 
 
@@ -76,13 +121,12 @@ def baseline_means(name_or_path: str | Path) -> NodeValues:
     return load_node_values(model_folder(name_or_path) / MEANS)
 
 
-def means_of(model: ModelFiles) -> NodeValues:
-    """The means kept beside the bundled model whose weights `model` has.
+def means_of(model: Any) -> NodeValues:
+    """The means kept beside the bundled model whose name and weights `model` has; of any kind, with `cfg` and weights.
 
     Raises:
         CheckpointError: if no bundled model has its name and its weights.
     """
-    assert isinstance(model, nn.Module)
     folder = _bundled().get(model.cfg.model_name)
     if folder is None or read_config(folder)["weights_sha256"] != weights_sha256(model):
         raise CheckpointError(
@@ -92,32 +136,110 @@ def means_of(model: ModelFiles) -> NodeValues:
     return load_node_values(folder / MEANS)
 
 
-def model_folder(name_or_path: str | Path) -> Path:
-    """Where the model of that name is, or the folder itself.
+def model_folder(name_or_path: str | Path, *, progress: bool = True) -> Path:
+    """The folder of a model: a bundled one, one on this machine, or one that is fetched if it is not here yet.
 
     Raises:
         ConfigError: for a name that no model has, with the nearest ones.
         CheckpointError: for a path at which there is no folder.
+        DownloadError: if the model is published and cannot be fetched; in the offline mode, with what to do.
     """
     bundled = _bundled()
-    if str(name_or_path) in bundled:
-        return bundled[str(name_or_path)]
+    name = str(name_or_path)
+    if name in bundled:
+        return bundled[name]
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    if isinstance(name_or_path, Path) or "/" in name_or_path or folder.exists():
-        raise CheckpointError(f"{folder} is no folder; name a bundled model, or a folder that `model.save` wrote.")
-    near = get_close_matches(name_or_path, bundled, n=3, cutoff=0.3) or sorted(bundled)
-    raise ConfigError(
-        f"no model is called {name_or_path!r}; the nearest are {', '.join(near) or '(none are bundled)'}. "
-        "A folder that `model.save` wrote is loaded by its path."
-    )
+    if isinstance(name_or_path, Path) or folder.exists() or ("/" in name and not _REPOSITORY.fullmatch(name)):
+        raise CheckpointError(f"{folder} is no folder; name a model, or a folder that holds one.")
+    release = RELEASES.get(ALIASES.get(name, name))
+    if release is not None:
+        store = _store()
+        also = TOKENIZER if store.offline and store.lacking(release.files) else []  # to be copied in the same go
+        return store.files(name, [*also, *release.files], progress, release.note)[-1].parent
+    if "/" not in name or name.startswith((f"{OWNER}/csp_", f"{OWNER}/dense")):
+        near = get_close_matches(name, _known(), n=3, cutoff=0.5) or [*sorted(_bundled()), HUB_NAME]
+        raise ConfigError(
+            f"no model is called {name!r}; the nearest are {', '.join(near)}. A folder that holds a model is loaded by "
+            "its path."
+        )
+    try:
+        return _store().repository(name, "hub", model_files, progress)
+    except DownloadError as error:
+        near = get_close_matches(name, _known(), n=1, cutoff=0.8)
+        meant = f" Did you mean {near[0]}?" if near and near[0] != name else ""
+        raise type(error)(f"{name} is no folder here.{meant} As a Hugging Face repository: {error}") from error
+
+
+def tokenizer_folder(name: str = "tinypython_2k", *, progress: bool = True) -> Path:
+    """The folder of a published tokenizer: the two files of `tinypython_2k`, or those of a Hugging Face repository.
+
+    Raises:
+        DownloadError: if it cannot be fetched; in the offline mode, with what to do.
+    """
+    if name == "tinypython_2k":
+        return _store().files(name, TOKENIZER, progress)[0].parent
+    return _store().repository(name, "tokenizers", tokenizer_files, progress)
+
+
+class CircuitFiles(NamedTuple):
+    """Where the files of a published circuit are."""
+
+    payload: Path
+    """`viz_data.pt`."""
+
+    means: Path | None
+    """`mean_baseline_pretrain.pt` of its model; None if none is published, or in the offline mode none is here."""
+
+
+def released_circuit_files(model: str, task: str, sweep: str, k: int | str, *, progress: bool = True) -> CircuitFiles:
+    """The files of a published circuit, fetched if they are not here yet.
+
+    Args:
+        model: as in "openai/csp_yolo2", or without the owner.
+        k: a number, or "k_optim".
+
+    Raises:
+        ConfigError: for a name that cannot be one.
+        DownloadError: if the circuit cannot be fetched; in the offline mode, with what to do.
+    """
+    circuit = CircuitName(model.removeprefix(f"{OWNER}/"), task, sweep, str(k)).check()
+    store = _store()
+    (payload,) = store.files(f"the circuit {'/'.join(circuit)}", [circuit.file], progress)
+    if store.offline and store.lacking([circuit.means]):
+        return CircuitFiles(payload, None)
+    try:
+        (means,) = store.files(f"the means of {circuit.model}", [circuit.means], progress)
+    except NotPublishedError:
+        return CircuitFiles(payload, None)
+    return CircuitFiles(payload, means)
+
+
+def released_circuits(model: str, *, progress: bool = True) -> list[CircuitName]:
+    """The circuits that are published for `model`, in order; in the offline mode, those that are in the cache.
+
+    Raises:
+        DownloadError: if the store, or the mirror, does not list its files.
+    """
+    found = map(CircuitName.of_path, _store().listing(CircuitName.folder(model.removeprefix(f"{OWNER}/")), progress))
+    return sorted(filter(None, found), key=lambda c: (*c[:3], c.k.zfill(9) if c.k.isdigit() else c.k))
 
 
 def cache_folder() -> Path:
-    """Where what was downloaded or converted is kept: `SPARSE_INTERP_CACHE`, else `~/.cache/sparse_interp`."""
+    """Where what was downloaded or converted is kept: SPARSE_INTERP_CACHE, else the user's folder for such things."""
     told = os.environ.get("SPARSE_INTERP_CACHE")
-    return Path(told) if told else Path.home() / ".cache" / "sparse_interp"
+    return Path(told).expanduser() if told else platformdirs.user_cache_path("sparse_interp", appauthor=False)
+
+
+def _store() -> Store:
+    """What is published, as the environment says how to reach it."""
+    return Store(
+        cache=cache_folder(),
+        base=os.environ.get("SPARSE_INTERP_MIRROR", BASE).rstrip("/"),
+        hub=os.environ.get("HF_ENDPOINT"),
+        offline=os.environ.get("SPARSE_INTERP_OFFLINE", "") not in ("", "0"),
+    )
 
 
 def _bundled() -> dict[str, Path]:
@@ -136,6 +258,10 @@ def _row(folder: Path) -> dict[str, Any]:
     validation, parameters = card.get("validation", {}), card.get("parameters", {})
     return {
         "name": folder.name,
+        "form": "ours",
+        "where": "bundled",
+        "cached": True,
+        "n_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "kind": card.get("kind", "sparse" if shape["density"] < 1 else "dense"),
         "n_layers": shape["n_layers"],
         "d_model": shape["d_model"],
@@ -145,3 +271,32 @@ def _row(folder: Path) -> dict[str, Any]:
         "validation_loss_nats": validation.get("loss_nats", float("nan")),
         "bigram_loss_nats": validation.get("bigram_loss_nats", float("nan")),
     }
+
+
+def _released_row(release: Release, store: Store) -> dict[str, Any]:
+    sizes = [file.size for file in release.files]
+    return {
+        "name": release.name,
+        "form": "openai",
+        "where": _host(store.base),
+        "cached": not store.lacking(release.files),
+        "n_bytes": float("nan") if None in sizes else sum(filter(None, sizes)),
+        "kind": release.kind,
+        "n_layers": release.n_layers,
+        "d_model": release.d_model,
+    }
+
+
+def _repository_row(name: str, store: Store) -> dict[str, Any]:
+    twin = _released_row(RELEASES[HUB_TWIN], store) if name == HUB_NAME else {}
+    shape = {key: twin[key] for key in ("kind", "n_layers", "d_model") if key in twin}
+    where = _host(store.hub or HUB)
+    return {"name": name, "form": "hugging face", "where": where, "cached": name in store.repositories()} | shape
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc
+
+
+def _known() -> list[str]:
+    return [*sorted(_bundled()), *RELEASES, HUB_NAME]

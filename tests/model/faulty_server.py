@@ -10,6 +10,7 @@ A `Fault` is a script with what has to come of it. The tests hold each one; `ben
 
 import gzip
 import hashlib
+import io
 import json
 import random
 import signal
@@ -25,6 +26,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import torch
 
 BODY = random.Random(0).randbytes(300_000)
 """A file of several of the pieces that are written at a time, of which no byte can be guessed."""
@@ -42,6 +45,13 @@ MUCH = len(BODY) // 2
 
 KEPT = MUCH - MUCH % 2**16
 """Bytes that are kept of these: whole pieces."""
+
+
+def archive(**tensors: torch.Tensor) -> bytes:
+    """As `torch.save` writes it."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
 
 
 class FaultyServer:

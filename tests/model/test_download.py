@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 
 import pytest
+import requests
 from faulty_server import (
     BODY,
     COMMIT,
@@ -161,9 +162,9 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once(path, monkeypatch)
 
     def distrust(*_, **__):
         asked.append(1)
-        raise download.requests.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+        raise requests.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
 
-    monkeypatch.setattr(download.requests, "get", distrust)
+    monkeypatch.setattr(requests, "get", distrust)
     with pytest.raises(DownloadError, match="certificate is not one that this machine trusts.*REQUESTS_CA_BUNDLE"):
         fetch("https://127.0.0.1/f.pt", path, progress=False)
     assert len(asked) == 1
@@ -329,7 +330,7 @@ def test_a_repository_that_is_not_there_leaves_nothing(serve, tmp_path):
     with pytest.raises(DownloadError, match="has no repository someone/model that you may read.*hf auth login"):
         fetch_repository("someone/model", tmp_path / "m", no_code, hub=serve(as_hub).url, progress=False)
     server = serve(status(403), files=hub("someone/model", CONTENTS))
-    with pytest.raises(DownloadError, match="someone/model could not be fetched: .*403 Forbidden.* try again"):
+    with pytest.raises(DownloadError, match="someone/model could not be fetched.* try again.*403 Forbidden"):
         fetch_repository("someone/model", tmp_path / "m", no_code, hub=server.url, progress=False)
     assert left_in(tmp_path) == ()
 
