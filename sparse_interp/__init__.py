@@ -39,7 +39,9 @@ from sparse_interp.training.loop import train as train
 from sparse_interp.tasks.task import Task as Task
 from sparse_interp.tasks.task import TaskBatch as TaskBatch
 from sparse_interp.tasks.task import logit_difference as logit_difference
-from sparse_interp.tasks.python_code import load_task as task  # noqa: F401 - public under the shorter name
+from sparse_interp.tasks.library import load_task as task  # noqa: F401 - public under the shorter name
+from sparse_interp.tasks.library import tasks as tasks
+from sparse_interp.tasks.survey import score_tasks as score_tasks
 from sparse_interp.interventions.ablation import ablate as ablate
 from sparse_interp.interventions.ablation import mean_activations as mean_activations
 from sparse_interp.interventions.patching import Head as Head

@@ -40,7 +40,7 @@ from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
 from sparse_interp.results import Table, save_figure
-from sparse_interp.tasks.python_code import load_task
+from sparse_interp.tasks.library import load_task
 from sparse_interp.tasks.task import Task
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, stored_run

@@ -23,7 +23,7 @@ from sparse_interp.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, bundled_t
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import Node
 from sparse_interp.model.transformer import HookedSparseTransformer, load
-from sparse_interp.tasks.python_code import load_task
+from sparse_interp.tasks.library import load_task
 from sparse_interp.tokenizer import tokenizer_hash
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import CHECKPOINT, MODEL, Trainer

@@ -35,7 +35,7 @@ from sparse_interp.faithfulness.scores import CircuitScores, PromptScores, mean_
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.results import Axes, Interval, Table, bars_with_intervals, write_whole
-from sparse_interp.tasks.task import PairList, Task, TaskBatch
+from sparse_interp.tasks.task import Task, TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
 
 FORMAT_VERSION = 1
@@ -379,8 +379,8 @@ def _belonging(model: HookedModel, circuit: Circuit, task: Task, allow_mismatch:
 
 def _n_pairs(task: Task, split: str, n_prompts: int) -> int:
     """Half of `n_prompts`, or all pairs there are, where they are listed and fewer."""
-    n = (n_prompts + 1) // 2
-    return min(n, len(task.source.by_split[split])) if isinstance(task.source, PairList) else n
+    n, n_listed = (n_prompts + 1) // 2, task.n_pairs(split)
+    return n if n_listed is None else min(n, n_listed)
 
 
 def _share(drawn: Sequence[Circuit], split: str) -> Sequence[Circuit]:

@@ -35,7 +35,8 @@ from sparse_interp.interventions.ablation import ablate, evaluating, mean_activa
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import FINAL_READ, SITES, WIRES, Node, NodeValues, V, places, width
 from sparse_interp.model.transformer import HookedSparseTransformer
-from sparse_interp.tasks.task import Task, TaskBatch, Template, TemplateFile, kl_divergence
+from sparse_interp.tasks.task import Task, TaskBatch, kl_divergence
+from sparse_interp.tasks.templates import Template, TemplateFile
 
 BOS = "<|endoftext|>"
 

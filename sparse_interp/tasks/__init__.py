@@ -1,9 +1,14 @@
 """Tasks: paired prompts with a right and a wrong next token, and what is measured on them."""
 
-from sparse_interp.tasks.python_code import load_task as load_task
-from sparse_interp.tasks.python_code import task_names as task_names
+from sparse_interp.tasks.controls import nonsense as nonsense
+from sparse_interp.tasks.controls import relabelled as relabelled
+from sparse_interp.tasks.controls import shuffled as shuffled
+from sparse_interp.tasks.library import load_task as load_task
+from sparse_interp.tasks.library import task_names as task_names
+from sparse_interp.tasks.library import tasks as tasks
+from sparse_interp.tasks.pairs import Pair as Pair
+from sparse_interp.tasks.survey import score_tasks as score_tasks
 from sparse_interp.tasks.task import Metric as Metric
-from sparse_interp.tasks.task import Pair as Pair
 from sparse_interp.tasks.task import Task as Task
 from sparse_interp.tasks.task import TaskBatch as TaskBatch
 from sparse_interp.tasks.task import answer_loss as answer_loss

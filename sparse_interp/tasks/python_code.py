@@ -1,35 +1,62 @@
-"""The Python tasks: small decisions that every reader of Python code makes, as paired prompts.
+"""Twenty small decisions that every reader of Python code makes, as tasks.
 
-    single_double_quote    a string opened with ' or " is closed with the same quote. In train and test no string came
-                           before it; in shifted closed ones did, of either kind (one form there is only longer)
+The names are those of Gao et al. 2025 (arXiv:2511.13653), table 1. The prompts behind that table are not published; the
+ones here are our own, and so is, where a name leaves it open, the choice of the two answers. It is made so that
+the prompt decides between them: `tests/tasks/test_library.py` has Python itself agree for every task.
 
-Each is a file of templates, `data/tasks/<name>.json` (the form is explained in `tasks/task.py`). Names and wording
-of the tasks follow Gao et al. 2025 (arXiv:2511.13653), table 1; the prompts are our own: identifiers, dictionary
-keys and module names of Python's standard library, with messages and file names made of its words.
+    task                         prompt                             answer      edited to               foil
+
+    single_double_quote          x = "name                          "           x = 'name               '
+    bracket_counting             x = [[a, b                         ]]          x = [[a], b             ]
+    set_or_string                x = set() ... x                    .add        x = '' ... x            +=
+    set_or_string_fixedvarname   current = set() ... current        .add        current = '' ...        +=
+    with_as                      with open(path)                    as          return open(path)       newline
+    with_open                    open(path, "r") as f: f            .read       open(path, "w")         .write
+    for_while                    for x                              ,           while x                 :
+    else_elif                    if x == 1: ... else                :           if x == 1: ... elif     x
+    if_ternary                   y = a or b if c                    else        y = a, newline, if c    :
+    if_equals                    if a and b                         ==          if a: b                 =
+    fstring_brace                f"{a} {b                           }           f"{a} #b                "
+    bracket_brace                x = [a, b                          ]           x = {a, b               }
+    var_swap                     a, b = b,                          a           b, a = a,               b
+    var_if                       if a is None:                      a           if b is None:           b
+    indent_for                   a for eight columns in             12 columns  four columns in         8 columns
+    while_return_true            while True                         :           return True             newline
+    lambda_func                  f = lambda a, b                    :           f = g(a, b              )
+    enumerate_range              for i, x in                        enumerate   for i_x in              range
+    final_kwarg                  f(a=b, c                           =           f(a=b or c              )
+    class_init                   def __init__(self, a, b): self.a = a           self.b =                b
+
+In most, one of the answers is a syntax error and in the others a program that fails or says something else than
+its names do. `else_elif` is decided by the last token, so a bigram table can do it; nothing smaller than a model that
+looks back can do the others.
+
+Each is a file of templates, `data/tasks/<name>.json` (the form is explained in `tasks/templates.py`), with identifiers,
+messages and file names in the manner of the standard library. In `shifted` the surroundings are longer (imports,
+classes, docstrings, earlier branches and loops), the forms others, and so are all names. In single_double_quote no
+string came before the open one in train and test; in shifted closed ones did, of either kind.
 """
 
-import difflib
-
-from transformers import PreTrainedTokenizerBase
-
-from sparse_interp.data_files import data_folder
-from sparse_interp.errors import TaskError
-from sparse_interp.tasks.task import Task, TemplateFile
-
-
-def task_names() -> list[str]:
-    """The tasks that `load_task` knows, in alphabetical order."""
-    return sorted(path.stem for path in (data_folder() / "tasks").glob("*.json"))
-
-
-def load_task(name: str, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The bundled task called `name`, tokenised by `tokenizer`."""
-    names = task_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise TaskError(
-            f"No task is called {name!r}; {hint}Known tasks: {', '.join(names)}. "
-            "Your own prompts become a task with Task.from_pairs."
-        )
-    return Task(name, tokenizer, TemplateFile.read(data_folder() / "tasks" / f"{name}.json"))
+PYTHON_TASKS = (
+    "single_double_quote",
+    "bracket_counting",
+    "set_or_string",
+    "set_or_string_fixedvarname",
+    "with_as",
+    "with_open",
+    "for_while",
+    "else_elif",
+    "if_ternary",
+    "if_equals",
+    "fstring_brace",
+    "bracket_brace",
+    "var_swap",
+    "var_if",
+    "indent_for",
+    "while_return_true",
+    "lambda_func",
+    "enumerate_range",
+    "final_kwarg",
+    "class_init",
+)
+"""The tasks in the order of the paper's table."""

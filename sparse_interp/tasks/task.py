@@ -10,27 +10,14 @@
 The loss between the two answers alone is the task loss of Gao et al. 2025 (arXiv:2511.13653). Their released code adds
 the two sides of a pair; here every prompt has its own number, and `batch.swapped()` is the other side.
 
-A template file (`data/tasks/<name>.json`) makes pairs out of
-
-    templates   `text` with slots ($key, $key1), `answers` in order of preference (the first that is one token on both
-                sides is taken), `rest` (what would follow in a program), and the `splits` that the template serves
-    sides       what the slots that tell the two prompts apart hold on either side
-    fillers     per split and kind, the words for the slots; no word serves two splits
-    marks       choices that are no words (quote characters, say) and serve every split
-
-The slots $key, $key1 and $key2 are all of kind `key`. In one prompt a slot has one filler, and no two slots the same
-word.
+Pairs come from a source: a template file (`tasks/templates.py`), pairs that somebody has written down or found in text
+(`tasks/pairs.py`, `tasks/occurrences.py`), or either of them with other labels (`tasks/controls.py`).
 """
 
-import hashlib
-import json
 import random
-import re
-import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -40,43 +27,23 @@ from torch.nn.functional import log_softmax, softplus
 from transformers import PreTrainedTokenizerBase
 
 from sparse_interp.axes import PerPrompt, Tokens
+from sparse_interp.corpus import Document
 from sparse_interp.errors import TaskError
+from sparse_interp.tasks.occurrences import occurrence_pairs
+from sparse_interp.tasks.pairs import (
+    Candidate,
+    EncodedPair,
+    Pair,
+    PairRows,
+    encode,
+    listed,
+    pair_frame,
+    special_ids,
+    token_ids,
+)
 
-SPLITS = ("train", "test", "shifted")
-"""`test` shares the form of `train` and no word with it; `shifted` other words in other, mostly longer templates."""
-
-Option = TypeVar("Option")
 AnswerLogits = Float[Tensor, "batch d_vocab"]
 LogitsAnywhere = Float[Tensor, "batch pos d_vocab"] | AnswerLogits
-
-
-class Pair(NamedTuple):
-    """One row of a task, as text."""
-
-    clean: str
-    corrupt: str
-    answer: str
-    foil: str
-    template: int
-
-
-class EncodedPair(NamedTuple):
-    """A pair as its text and as token ids; prompts begin with the bos token."""
-
-    pair: Pair
-    clean: list[int]
-    corrupt: list[int]
-    answer: int
-    foil: int
-
-
-class Candidate(NamedTuple):
-    """A pair before a tokenizer has seen it: (answer, foil) comes in several forms, the preferred one first."""
-
-    clean: str
-    corrupt: str
-    answers: tuple[tuple[str, str], ...]
-    template: int
 
 
 @dataclass(frozen=True)
@@ -205,240 +172,34 @@ def kl_to(reference_logits: LogitsAnywhere) -> Metric:
     return kl_from_reference
 
 
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of `text` alone, without bos."""
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """(bos, pad); each of bos, pad and eos stands in for a missing other."""
-    eos = tokenizer.eos_token_id
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    bos, pad = (bos if bos is not None else pad), (pad if pad is not None else bos)
-    if bos is None or pad is None:
-        raise TaskError(
-            "Prompts begin with a bos token, and this tokenizer has neither bos, eos nor pad; "
-            "give it one, for instance with tokenizer.add_special_tokens({'bos_token': '<|endoftext|>'})."
-        )
-    return bos, pad
-
-
-def next_token(prompt: str, continuation: str, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one id that `continuation` adds to `prompt`; anything else is refused."""
-    whole = token_ids(prompt + continuation, tokenizer)
-    n_prompt = len(prompt_ids)
-    if whole[:n_prompt] != prompt_ids:
-        raise TaskError(
-            f"answer {continuation!r} merges with the end of the prompt {prompt[-20:]!r} into "
-            f"{tokenizer.convert_ids_to_tokens(whole[-2:])}, so it never follows this prompt as a token of its own; "
-            "end the prompt where a token ends."
-        )
-    if len(whole) != n_prompt + 1:
-        raise TaskError(
-            f"answer {continuation!r} is {len(whole) - n_prompt} tokens after the prompt "
-            f"({tokenizer.convert_ids_to_tokens(whole[n_prompt:])}), expected 1; "
-            "choose an answer that this tokenizer writes as a single token."
-        )
-    return whole[n_prompt]
-
-
-def encode_candidate(
-    candidate: Candidate, tokenizer: PreTrainedTokenizerBase, max_changed: int | None = None
-) -> EncodedPair:
-    """Tokenise a pair and check it: equal lengths, single-token answers, at most `max_changed` tokens apart."""
-    clean, corrupt = candidate.clean, candidate.corrupt
-    if clean == corrupt:
-        raise TaskError(f"clean and corrupt are the same prompt {clean!r}; expected two that differ.")
-    clean_ids, corrupt_ids = token_ids(clean, tokenizer), token_ids(corrupt, tokenizer)
-    if len(clean_ids) != len(corrupt_ids):
-        raise TaskError(
-            f"clean {clean!r} is {len(clean_ids)} tokens and corrupt {corrupt!r} is {len(corrupt_ids)}; expected equal "
-            "lengths, so that positions correspond: choose an edit that this tokenizer writes with as many tokens."
-        )
-    n_changed = sum(a != b for a, b in zip(clean_ids, corrupt_ids, strict=True))
-    if max_changed is not None and n_changed > max_changed:
-        raise TaskError(f"clean {clean!r} and corrupt {corrupt!r} differ in {n_changed} tokens, not {max_changed}.")
-    bos, _ = special_ids(tokenizer)
-    for form, (answer, foil) in enumerate(candidate.answers):
-        try:
-            answer_id = next_token(clean, answer, clean_ids, tokenizer)
-            foil_id = next_token(corrupt, foil, corrupt_ids, tokenizer)
-        except TaskError:
-            if form == len(candidate.answers) - 1:
-                raise
-            continue
-        if answer_id == foil_id:
-            raise TaskError(f"answer and foil are both {answer!r}; expected two different tokens.")
-        pair = Pair(clean, corrupt, answer, foil, candidate.template)
-        return EncodedPair(pair, [bos, *clean_ids], [bos, *corrupt_ids], answer_id, foil_id)
-    raise TaskError(f"{clean!r} comes without an answer.")
-
-
-class Template(NamedTuple):
-    """One form of prompt, with slots."""
-
-    text: str
-    answers: tuple[str, ...]
-    rest: str
-    splits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TemplateFile:
-    """Templates and fillers as read from `data/tasks/<name>.json`: an endless source of pairs."""
-
-    description: str
-    templates: tuple[Template, ...]
-    sides: tuple[Mapping[str, str], Mapping[str, str]]
-    fillers: Mapping[str, Mapping[str, Sequence[str]]]
-    marks: Mapping[str, Sequence[str]]
-    max_changed: int | None
-    sha256: str
-
-    @classmethod
-    def read(cls, path: Path) -> "TemplateFile":
-        """Read and check a template file."""
-        raw = path.read_bytes()
-        try:
-            spec = json.loads(raw)
-            templates = tuple(
-                Template(form["text"], tuple(form["answers"]), form["rest"], tuple(form["splits"]))
-                for form in spec["templates"]
-            )
-            first, second = spec["sides"]
-            source = cls(
-                description=spec["description"],
-                templates=templates,
-                sides=(first, second),
-                fillers=spec["fillers"],
-                marks=spec["marks"],
-                max_changed=spec["max_changed_tokens"],
-                sha256=hashlib.sha256(raw).hexdigest(),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(
-                f"{path} is not a template file ({type(error).__name__}: {error}); expected JSON with description, two "
-                "sides, marks, max_changed_tokens, fillers per split, and templates of text, answers, rest, splits."
-            ) from error
-        source.check(path.name)
-        return source
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that some template serves."""
-        return tuple(split for split in SPLITS if any(split in form.splits for form in self.templates))
-
-    def check(self, where: str) -> None:
-        """Refuse a word that serves two splits, and a slot that nothing fills."""
-        owner: dict[str, str] = {}
-        for split, kinds in self.fillers.items():
-            for word in sorted({word for filled in kinds.values() for text in filled for word in words_of(text)}):
-                if owner.setdefault(word, split) != split:
-                    raise TaskError(
-                        f"{where}: the word {word!r} is a filler of both {owner[word]!r} and {split!r}; "
-                        "expected every word in one split, so that nothing leaks: remove it from one of them."
-                    )
-        for number, form in enumerate(self.templates):
-            for split in form.splits:
-                known = {*self.marks, *self.fillers.get(split, {})}
-                unfilled = [slot for slot in self.slots(form) if kind_of(slot) not in known]
-                if unfilled:
-                    raise TaskError(
-                        f"{where}: template {number} has slots {unfilled} that split {split!r} cannot fill; "
-                        f"expected kinds among {sorted(known)}."
-                    )
-
-    def slots(self, form: Template) -> list[str]:
-        """The slots that need a filler, in order of appearance; those that a side fills are not among them."""
-        texts = [form.text, *form.answers, *(text for side in self.sides for text in side.values())]
-        found = [slot for text in texts for slot in string.Template(text).get_identifiers()]
-        return [slot for slot in dict.fromkeys(found) if slot not in self.sides[0]]
-
-    def candidates(self, split: str, rng: random.Random) -> Iterator[Candidate]:
-        """Distinct pairs for ever; ends when a thousand draws in a row bring nothing new."""
-        numbers = [number for number, form in enumerate(self.templates) if split in form.splits]
-        seen: set[frozenset[str]] = set()
-        n_stale = 0
-        while n_stale < 1000:
-            candidate = self.fill(drawn(numbers, rng), self.fillers[split], rng)
-            key = frozenset((candidate.clean, candidate.corrupt))
-            n_stale = n_stale + 1 if key in seen else 0
-            if not n_stale:
-                seen.add(key)
-                yield candidate
-
-    def fill(self, number: int, fillers: Mapping[str, Sequence[str]], rng: random.Random) -> Candidate:
-        """Template `number` with drawn fillers, and either side as the clean one."""
-        values: dict[str, str] = {}
-        for slot in self.slots(self.templates[number]):
-            kind = kind_of(slot)
-            if kind in self.marks:
-                values[slot] = drawn(self.marks[kind], rng)
-            else:
-                values[slot] = drawn([word for word in fillers[kind] if word not in values.values()], rng)
-        return self.written(number, values, drawn((0, 1), rng))
-
-    def longest(self, split: str, n_tokens: Callable[[str], int]) -> list[Candidate]:
-        """Every template of `split` with the longest filler, by `n_tokens`, in every slot."""
-        most = {kind: max(filled, key=n_tokens) for kind, filled in {**self.fillers[split], **self.marks}.items()}
-        return [
-            self.written(number, {slot: most[kind_of(slot)] for slot in self.slots(form)}, clean_side=0)
-            for number, form in enumerate(self.templates)
-            if split in form.splits
-        ]
-
-    def written(self, number: int, values: Mapping[str, str], clean_side: int) -> Candidate:
-        """Template `number` with `values` in its slots, side `clean_side` being the clean one."""
-        form = self.templates[number]
-        first, second = self.sides[clean_side], self.sides[1 - clean_side]
-        answers = tuple((filled(text, first, values), filled(text, second, values)) for text in form.answers)
-        clean, corrupt = filled(form.text, first, values), filled(form.text, second, values)
-        return Candidate(clean, corrupt, answers, number)
-
-
-@dataclass(frozen=True)
-class PairList:
-    """Somebody's own pairs: a source that ends."""
-
-    by_split: Mapping[str, Sequence[Candidate]]
-    sha256: str
-    max_changed: None = None
+@runtime_checkable
+class Source(Protocol):
+    """Where the pairs of a task come from."""
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have pairs."""
-        return tuple(split for split in SPLITS if self.by_split.get(split))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that the pairs are made from."""
+
+    @property
+    def max_changed(self) -> int | None:
+        """Tokens in which the two prompts of a pair may differ, if that is bounded."""
+
+    @property
+    def first_difference(self) -> bool:
+        """Which of the two rules of `tasks/pairs.py` makes tokens of a pair."""
+
+    def n_pairs(self, split: str) -> int | None:
+        """How many pairs `split` has; None where they are drawn and not listed."""
 
     def candidates(self, split: str, rng: random.Random) -> Iterator[Candidate]:
-        """The pairs of `split` in a drawn order, once each."""
-        yield from sorted(self.by_split[split], key=lambda _: rng.random())
+        """Distinct pairs of `split`, in a drawn order."""
 
     def longest(self, split: str, n_tokens: Callable[[str], int]) -> list[Candidate]:
-        """Its one longest pair, by `n_tokens`."""
-        return [max(self.by_split[split], key=lambda candidate: n_tokens(candidate.clean))]
-
-
-def filled(text: str, side: Mapping[str, str], values: Mapping[str, str]) -> str:
-    """`text` with the slots of one side, then the drawn `values`, put in."""
-    return string.Template(string.Template(text).safe_substitute(side)).substitute(values)
-
-
-def words_of(text: str) -> set[str]:
-    """The words of a filler or identifier, lower case: `file_name` is made of `file` and `name`."""
-    return set(re.findall(r"[a-z]+", text.lower()))
-
-
-def kind_of(slot: str) -> str:
-    """The kind of filler that a slot takes: its name without the number."""
-    return slot.rstrip("0123456789")
-
-
-def drawn(options: Sequence[Option], rng: random.Random) -> Option:
-    """One of `options`; built on `random()` alone, whose sequence Python promises never to change."""
-    if not options:
-        raise TaskError("A template has more slots of one kind than its split has words; add words of that kind.")
-    return options[int(rng.random() * len(options))]
+        """Pairs among which the longest prompt of `split` is, by `n_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -447,7 +208,7 @@ class Task:
 
     name: str
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    source: TemplateFile | PairList = field(repr=False)
+    source: Source = field(repr=False)
 
     def __post_init__(self) -> None:
         for split in self.splits:
@@ -463,13 +224,25 @@ class Task:
         """Hash of the template file, or of the pairs."""
         return self.source.sha256
 
+    def n_pairs(self, split: str) -> int | None:
+        """How many pairs `split` has; None where templates make them, more than anybody has counted."""
+        return self.source.n_pairs(split)
+
     def pairs(self, n: int, split: str = "train", *, generator: torch.Generator) -> list[Pair]:
         """`n` distinct pairs as text; the same generator state gives the same pairs."""
-        return [row.pair for row in self._draw(n, split, seeded(generator))]
+        return [row.pair for row in self.encoded(n, split, generator=generator)]
+
+    def encoded(self, n: int, split: str = "train", *, generator: torch.Generator) -> list[EncodedPair]:
+        """`n` distinct pairs as text and token ids; the same generator state gives the same pairs."""
+        return self._draw(n, split, seeded(generator))
 
     def batch(self, n: int, split: str = "train", *, generator: torch.Generator) -> TaskBatch:
         """`n` distinct pairs as tokens, padded on the right; the same generator state gives the same batch."""
-        return collate(self._draw(n, split, seeded(generator)), special_ids(self.tokenizer)[1])
+        return self.collated(self.encoded(n, split, generator=generator))
+
+    def collated(self, rows: Sequence[EncodedPair]) -> TaskBatch:
+        """Pairs of this task as a batch, padded on the right."""
+        return collate(rows, special_ids(self.tokenizer)[1])
 
     def longest(self, split: str) -> int:
         """Tokens of the longest prompt of `split`, bos included (templates: each slot takes its longest filler)."""
@@ -477,8 +250,12 @@ class Task:
         def n_tokens(text: str) -> int:
             return max(len(token_ids(before + text, self.tokenizer)) for before in ("", " "))
 
-        candidates = self.source.longest(split, n_tokens)
-        return 1 + max(len(token_ids(side, self.tokenizer)) for row in candidates for side in (row.clean, row.corrupt))
+        lengths = []
+        for row in self.source.longest(split, n_tokens):
+            ends = ("", *row.answers[0]) if self.source.first_difference else ("",)
+            for side in (row.clean, row.corrupt):  # what both answers begin with belongs to the prompt
+                lengths.append(max(len(token_ids(side + end, self.tokenizer)) - bool(end) for end in ends))
+        return 1 + max(lengths)
 
     def check_fits(self, n_ctx: int, splits: Sequence[str] | None = None) -> None:
         """Refuse prompts that are longer than a context of `n_ctx` tokens, in `splits` (all unless told otherwise)."""
@@ -495,28 +272,75 @@ class Task:
     @classmethod
     def from_pairs(
         cls,
-        rows: pd.DataFrame | Iterable[Mapping[str, Any] | Sequence[Any]],
+        rows: PairRows,
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "pairs",
         n_ctx: int | None = None,
+        long_answers: Literal["refuse", "first_difference"] = "refuse",
     ) -> "Task":
         """A task of your own prompts: columns clean, corrupt, answer, foil, and optionally template and split.
 
-        Without a split column, a fifth of the pairs (at least one, where there are two) is `test` and the others are
-        `train`, by the hash of their prompts; a pair and its reverse stay together. Without a template column, every
-        pair counts as its own template. `n_ctx` refuses prompts longer than a context of that many tokens.
+        `rows` are mappings, tuples, a DataFrame, or the path of a CSV file. Without a split column, a fifth of the
+        pairs (at least one, where there are two) is `test` and the others are `train`, by the hash of their prompts; a
+        pair and its reverse stay together. Without a template column, every pair counts as its own template. `n_ctx`
+        refuses prompts longer than a context of that many tokens. An answer of several tokens is refused, or with
+        `long_answers="first_difference"` replaced by the first token in which answer and foil differ.
+
+        Raises:
+            TaskError: naming the first pair that makes no task, and why.
         """
+        if long_answers not in ("refuse", "first_difference"):
+            raise TaskError(f"long_answers={long_answers!r}; expected 'refuse' or 'first_difference'.")
         frame = pair_frame(rows)
+        source = listed(frame, first_difference=long_answers == "first_difference")
         for number, row in enumerate(frame.itertuples()):
+            candidate = Candidate(row.clean, row.corrupt, ((row.answer, row.foil),), row.template)
             try:
-                encode_candidate(Candidate(row.clean, row.corrupt, ((row.answer, row.foil),), row.template), tokenizer)
+                encode(candidate, tokenizer, first_difference=source.first_difference)
             except TaskError as error:
                 raise TaskError(f"Pair {number} of task {name!r}: {error}") from error
-        task = cls(name, tokenizer, listed(frame))
+        task = cls(name, tokenizer, source)
         if n_ctx is not None:
             task.check_fits(n_ctx)
         return task
+
+    @classmethod
+    def from_corpus(
+        cls,
+        documents: Sequence[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        answers: tuple[str, str],
+        *,
+        name: str = "corpus",
+        n_tokens: int = 32,
+        n_pairs: int = 500,
+        max_changed: int | None = None,
+        edit: Callable[[str], str | None] | None = None,
+        generator: torch.Generator,
+    ) -> "Task":
+        """A task of places in real text where the next token is one of two `answers`; see `tasks/occurrences.py`.
+
+        A prompt is the `n_tokens` before such a place. Its twin is the most similar place that goes on with the other
+        answer, in the same split and at most `max_changed` tokens apart; or, with `edit`, what that function makes of
+        the prompt's text (None to leave the place out). At most `n_pairs` per split, drawn by `generator`. A fifth of
+        the documents is `test`; a document is a template, so that intervals resample documents.
+
+        Raises:
+            TaskError: if an answer is not one token, or too few places are found.
+        """
+        by_split = occurrence_pairs(
+            documents,
+            tokenizer,
+            answers,
+            n_tokens=n_tokens,
+            n_pairs=n_pairs,
+            max_changed=max_changed,
+            edit=edit,
+            rng=seeded(generator),
+        )
+        rows = [(*pair, split) for split, pairs in by_split.items() for pair in pairs]
+        return cls.from_pairs(rows, tokenizer, name=name)
 
     def _draw(self, n: int, split: str, rng: random.Random) -> list[EncodedPair]:
         """`n` pairs that this tokenizer writes as they should be; the others are passed over."""
@@ -525,10 +349,10 @@ class Task:
         if n < 1:
             raise TaskError(f"Asked for {n} pairs of task {self.name!r}; expected at least 1.")
         found: list[EncodedPair] = []
-        n_refused, reason = 0, "none"
+        n_refused, reason = 0, "none."
         for candidate in self.source.candidates(split, rng):
             try:
-                found.append(encode_candidate(candidate, self.tokenizer, self.source.max_changed))
+                found.append(encode(candidate, self.tokenizer, self.source.max_changed, self.source.first_difference))
             except TaskError as error:
                 n_refused, reason = n_refused + 1, str(error)
             if len(found) == n:
@@ -537,64 +361,11 @@ class Task:
                 break
         raise TaskError(
             f"Task {self.name!r} gave {len(found)} pairs of split {split!r} and not the {n} asked for; "
-            f"{n_refused} were refused, the last because: {reason}."
-            " Ask for fewer pairs, or use a tokenizer that writes them as the task needs."
+            f"{n_refused} were refused, the last because: {reason} "
+            "Ask for fewer pairs, or use a tokenizer that writes them as the task needs."
         )
 
 
 def seeded(generator: torch.Generator) -> random.Random:
     """A quick source of many small draws, started by one draw from `generator`."""
     return random.Random(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
-
-
-TEXT_COLUMNS = ("clean", "corrupt", "answer", "foil")
-
-
-def pair_frame(rows: pd.DataFrame | Iterable[Mapping[str, Any] | Sequence[Any]]) -> pd.DataFrame:
-    """The rows as a frame of checked text columns, a numbered `template` and a `split`."""
-    frame = rows.copy() if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    if frame.empty:
-        raise TaskError(f"There are no pairs; expected at least one row of {', '.join(TEXT_COLUMNS)}.")
-    if all(isinstance(column, int) for column in frame.columns):
-        frame.columns = [*TEXT_COLUMNS, "template", "split"][: frame.shape[1]]
-    missing = [column for column in TEXT_COLUMNS if column not in frame.columns]
-    if missing:
-        raise TaskError(
-            f"Pairs lack {', '.join(missing)}; expected the columns {', '.join(TEXT_COLUMNS)} "
-            f"(and optionally template, split), found {', '.join(map(str, frame.columns))}."
-        )
-    frame = frame.reset_index(drop=True)
-    for column in TEXT_COLUMNS:
-        for number, value in enumerate(frame[column]):
-            if not isinstance(value, str) or not value:
-                raise TaskError(f"Pair {number} has {column} {value!r}; expected text that is not empty.")
-    repeated = frame.index[frame.duplicated(["clean", "corrupt"])]
-    if len(repeated):
-        raise TaskError(f"Pair {repeated[0]} repeats an earlier pair of prompts; expected each pair once.")
-    frame["template"] = pd.factorize(frame["template"])[0] if "template" in frame else range(len(frame))
-    frame["split"] = frame["split"] if "split" in frame else hashed_splits(frame)
-    unknown = sorted({str(split) for split in frame["split"]} - set(SPLITS))
-    if unknown:
-        raise TaskError(f"Pairs have the splits {', '.join(unknown)}; expected {', '.join(SPLITS)}.")
-    return frame
-
-
-def hashed_splits(frame: pd.DataFrame) -> list[str]:
-    """`test` for the fifth of the pairs whose prompts have the smallest hashes, `train` for the others."""
-    keys = [
-        hashlib.sha256("\0".join(sorted(prompts)).encode()).hexdigest()
-        for prompts in zip(frame["clean"], frame["corrupt"], strict=True)
-    ]
-    ranked = sorted(set(keys))
-    held_out = set(ranked[: max(len(ranked) // 5, min(1, len(ranked) - 1))])
-    return ["test" if key in held_out else "train" for key in keys]
-
-
-def listed(frame: pd.DataFrame) -> PairList:
-    """The rows of a checked frame as a source of pairs."""
-    by_split: dict[str, list[Candidate]] = {}
-    for row in frame.itertuples():
-        candidate = Candidate(row.clean, row.corrupt, ((row.answer, row.foil),), int(row.template))
-        by_split.setdefault(row.split, []).append(candidate)
-    text = json.dumps(frame[[*TEXT_COLUMNS, "template", "split"]].values.tolist())
-    return PairList(by_split, hashlib.sha256(text.encode()).hexdigest())

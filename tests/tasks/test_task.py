@@ -29,7 +29,8 @@ from sparse_interp.tasks import (
     logit_difference,
     task_names,
 )
-from sparse_interp.tasks.task import TemplateFile, encode_candidate, words_of
+from sparse_interp.tasks.pairs import encode
+from sparse_interp.tasks.templates import TemplateFile, words_of
 from sparse_interp.tokenizer import load_tokenizer
 
 QUOTES = {'"', "'"}
@@ -538,4 +539,4 @@ def test_a_candidate_that_differs_in_more_tokens_than_allowed_is_refused(shipped
     candidate = next(shipped_quotes.source.candidates("train", random.Random(0)))
     two_edits = candidate._replace(corrupt="1\n" + candidate.corrupt, clean="2\n" + candidate.clean)
     with pytest.raises(TaskError, match="differ in 2 tokens, not 1"):
-        encode_candidate(two_edits, shipped_quotes.tokenizer, max_changed=1)
+        encode(two_edits, shipped_quotes.tokenizer, max_changed=1)
