@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -321,3 +322,19 @@ class TransformerLensSurface(HookedRootModule):
         for module in self.modules():
             if module is not self and callable(getattr(module, "reset_parameters", None)):
                 module.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+    def to_transformer_bridge(self) -> Any:
+        """A `TransformerBridge` that computes the same, for the tools that take nothing else, such as `JacobianLens`.
+
+        The twin has its own copy of the weights; its nodes have their usual names. TransformerLens' weight processing,
+        which would change what it computes, is refused.
+
+        Raises:
+            ConfigError: with a TransformerLens older than 4, or for a model that a bridge cannot express.
+        """
+        installed = version("transformer-lens")
+        if int(installed.split(".")[0]) < 4:
+            raise ConfigError(f"a TransformerBridge twin needs TransformerLens 4 or newer; this is {installed}.")
+        from sparse_interp.model.bridge_twin import bridge_twin  # which needs it
+
+        return bridge_twin(self)
