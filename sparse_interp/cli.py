@@ -41,6 +41,8 @@ from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
 from sparse_interp.results import Table, save_figure
 from sparse_interp.tasks.library import load_task
+from sparse_interp.tasks.library import tasks as task_table
+from sparse_interp.tasks.survey import score_tasks
 from sparse_interp.tasks.task import Task
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, stored_run
@@ -96,6 +98,26 @@ def _every_command(
 def models(as_json: AsJson = False) -> None:
     """List the bundled models: shape, non-zero parameters, loss on held-out text."""
     table = zoo.models()
+    print(table.frame.to_json(orient="records", indent=1) if as_json else table)
+
+
+@app.command()
+def tasks(
+    model: Annotated[str | None, Option(help="Put them to this model: a bundled one's name, or a folder.")] = None,
+    task: Annotated[list[str] | None, Option(help="Only this task; may be given again.")] = None,
+    prompts: Annotated[int, Option(help="Prompts per task and split.")] = 128,
+    seed: Annotated[int, Option(help="Seed of prompts and intervals.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the tasks, or with --model say which of them a model does: look here before looking for circuits."""
+    if model is None:
+        table: Table = task_table()
+    else:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        drawn = torch.Generator().manual_seed(seed)
+        table = score_tasks(load(model), task or None, n_prompts=prompts, generator=drawn, progress=True)
     print(table.frame.to_json(orient="records", indent=1) if as_json else table)
 
 

@@ -59,6 +59,13 @@ class TaskScores(Table):
         "note",
     )
 
+    def __str__(self) -> str:
+        shown = self.frame[["task", "split", "n_prompts", "n_templates"]].copy()
+        for measure in MEASURES:
+            bounds = self.frame[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
+            shown[measure] = ["" if pd.isna(row[0]) else "{:.3g} [{:.3g}, {:.3g}]".format(*row) for row in bounds]
+        return shown.assign(note=self.frame.note).to_string(index=False)
+
     def solved(self, accuracy: float = 0.9, split: str = "test") -> list[str]:
         """The tasks of which the model gets at least this share right on `split`."""
         rows = self.frame[self.frame.split == split]
