@@ -43,9 +43,10 @@ notebooks: venv
 figures: venv
 	$(BIN)/sparse-interp figures --out out/figures
 
-# The oldest TransformerLens that is supported, in an environment of its own: the same script as in the tests.
+# The oldest TransformerLens that is supported, in an environment of its own: the same scripts as in the tests.
 tl39: .venv39/.installed
 	.venv39/bin/python tests/model/tl_script.py
+	.venv39/bin/python tests/model/dense_script.py
 
 .venv39/.installed:
 	$(PYTHON) -m venv --clear .venv39

@@ -35,7 +35,18 @@ from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.pruning import both_sides
 from sparse_interp.model.config import Shape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import PATTERN_HOOK, SITES, Node, Place, flat, heads_of, key_of, places, queries_of
+from sparse_interp.model.sites import (
+    FINAL_SCALE_HOOK,
+    PATTERN_HOOK,
+    SITES,
+    Node,
+    Place,
+    flat,
+    heads_of,
+    key_of,
+    places,
+    queries_of,
+)
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
 from sparse_interp.viewer.page import (
@@ -299,8 +310,7 @@ def _watched(
 
     norm_hooks: FwdHooks = []
     if model.cfg.norm != "none":
-        assert model.ln_final.hook_scale.name is not None
-        norm_hooks = [(model.ln_final.hook_scale.name, note_scale)]
+        norm_hooks = [(FINAL_SCALE_HOOK, note_scale)]
     with model.hooks(fwd_hooks=norm_hooks):
         for values in activations(model, nodes, tokens, attention_mask, progress=progress):
             rows = slice(row, row + len(values))

@@ -92,10 +92,8 @@ class DenseModel:
 
     @property
     def ln_final(self) -> Any:
-        """The last norm: its gain `w` (ones where it is folded away) and its point `hook_scale`."""
-        norm = self.tl.ln_final
-        gain = getattr(norm, "w", torch.ones(self.cfg.d_model))
-        return SimpleNamespace(w=gain, hook_scale=norm.hook_scale)
+        """The last norm's gain `w`: ones where it is folded away."""
+        return SimpleNamespace(w=getattr(self.tl.ln_final, "w", torch.ones(self.cfg.d_model)))
 
     @property
     def layers(self) -> list[SimpleNamespace]:
@@ -139,7 +137,7 @@ class DenseModel:
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Any:
-        """Run the model, as ours is run: tokens in and logits out, or a stream where it starts or stops at a layer.
+        """Run the model, as ours is run: tokens in and logits (or None) out, or a stream where it starts or stops.
 
         A run that starts at a layer has to be given the `tokens` too. TransformerLens has no way into the middle of
         every model, so the blocks before are run as well and the stream that they make is exchanged for `input`.
@@ -155,7 +153,9 @@ class DenseModel:
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         try:
             with self.hooks(hooks):
-                return self.tl(input if tokens is None else tokens, return_type=return_type, **given)
+                # asked for nothing, a HookedTransformer does not unembed, and the last read is never made
+                logits = self.tl(input if tokens is None else tokens, return_type="logits", **given)
+                return None if return_type is None else logits
         except _Stopped as stopped:
             return stopped.resid
 
@@ -331,7 +331,8 @@ def _points(cfg: Shape) -> list[str]:
     between = [sites.Z_HOOK, sites.PATTERN_HOOK, sites.RESID_PRE_HOOK, sites.RESID_MID_HOOK, sites.RESID_POST_HOOK]
     between += [sites.PRE_HOOK, *[sites.PRE_LINEAR_HOOK] * cfg.gated_mlp]
     inside = [hook.format(layer=layer) for layer in range(cfg.n_layers) for hook in between]
-    return [sites.EMBED_HOOK, *inside, *(place.hook for place in places(cfg))]
+    last = [] if cfg.norm == "none" else [sites.FINAL_SCALE_HOOK]
+    return [sites.EMBED_HOOK, *inside, *last, *(place.hook for place in places(cfg))]
 
 
 @torch.no_grad()
@@ -359,6 +360,15 @@ def _statements(model: DenseModel, tokens: Tokens, noisy: _Noise) -> Iterator[tu
     came, left = noisy.came, noisy.left
     read = left[SITES["final_read"].hook]
     yield "W_U carries the last read to the logits", _steps(noisy.logits), _steps(read) @ model.unembed.W_U
+    if model.cfg.norm != "none":
+        stream = came[sites.RESID_POST_HOOK.format(layer=model.cfg.n_layers - 1)]
+        stream = stream - stream.mean(-1, keepdim=True) if model.cfg.norm == "layer" else stream
+        normed = stream / came[sites.FINAL_SCALE_HOOK] * model.ln_final.w
+        yield (
+            "the last norm divides by its scale and has the gain w",
+            _steps(came[SITES["final_read"].hook]),
+            _steps(normed),
+        )
     yield "the embedding is a row of W_E", came[sites.EMBED_HOOK], model.embed.W_E[tokens]
     for layer, block in enumerate(model.layers):
         at = {name: hook.format(layer=layer) for name, hook in _HOOKS.items()}

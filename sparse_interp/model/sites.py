@@ -64,6 +64,7 @@ PATTERN_HOOK = "blocks.{layer}.attn.hook_pattern"
 Z_HOOK = "blocks.{layer}.attn.hook_z"
 PRE_HOOK = "blocks.{layer}.mlp.hook_pre"
 PRE_LINEAR_HOOK = "blocks.{layer}.mlp.hook_pre_linear"
+FINAL_SCALE_HOOK = "ln_final.hook_scale"
 
 
 class Node(NamedTuple):
