@@ -61,6 +61,37 @@ def test_forward_takes_what_transformer_lens_passes(model):
     assert got == wanted and list(got) == list(wanted)
 
 
+METHODS = {
+    "to_tokens": "input prepend_bos padding_side move_to_device truncate",
+    "to_string": "tokens",
+    "to_str_tokens": "input prepend_bos padding_side",
+    "to_single_token": "string",
+    "to_single_str_token": "int_token",
+    "get_token_position": "single_token input mode prepend_bos padding_side",
+    "loss_fn": "logits tokens attention_mask per_token",
+    "accumulated_bias": "layer mlp_input include_mlp_biases",
+    "tokens_to_residual_directions": "tokens",
+    "generate": "input max_new_tokens stop_at_eos eos_token_id do_sample top_k top_p temperature freq_penalty "
+    "use_past_kv_cache prepend_bos padding_side return_type verbose generator",
+    "get_caching_hooks": "names_filter incl_bwd device remove_batch_dim cache pos_slice",
+}
+
+
+@pytest.mark.parametrize(("method", "arguments"), METHODS.items())
+def test_methods_take_their_arguments_in_the_order_of_transformer_lens(method, arguments, plain_model):
+    assert list(inspect.signature(getattr(plain_model, method)).parameters) == arguments.split()
+
+
+def test_a_model_has_what_the_protocols_of_transformer_lens_ask_for(model):
+    protocol = pytest.importorskip("transformer_lens.model_protocol", reason="protocols came with 4.0")
+    assert isinstance(model, protocol.TransformerLensModel)
+    assert isinstance(model, protocol.TrainableTransformerLensModel)
+    for name in ("blocks", "ln_final", "accumulated_bias", "to_single_token", "tokens_to_residual_directions"):
+        assert hasattr(model, name), (
+            name
+        )  # what TransformerLensModelWithWeights adds; a submodule is no attribute to it
+
+
 def test_run_with_hooks_calls_forward_and_run_with_cache_the_module(model, prompt):
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))

@@ -117,6 +117,7 @@ def test_looking_at_every_hook_point_changes_no_bit(any_model, tokens):
 def switch_all(model):
     model.set_use_attn_result(True)
     model.set_use_split_qkv_input(True)
+    model.set_use_attn_in(True)
     model.set_use_hook_mlp_in(True)
 
 
