@@ -75,6 +75,8 @@ class CircuitFiles:
         path = Path(path)
         if path.suffix != ".json":
             raise CircuitError(f"A circuit is saved as a .json file with its tensors beside it; got {path.name!r}.")
+        if not self.model_sha256:
+            raise CircuitError("a circuit without a model has no baseline to save; write_tables keeps its tables.")
         tensors = bytes_of_tensors(_tensors(self.baseline, self.tau))
         record = self._record() | {"tensors_sha256": hashlib.sha256(tensors).hexdigest()}
         record["sha256"] = _record_sha256(record)

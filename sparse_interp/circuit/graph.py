@@ -84,7 +84,7 @@ class Circuit(CircuitFiles, CircuitPictures):
     """What that model is called."""
 
     model_sha256: str
-    """Hash of its weights."""
+    """Hash of its weights; empty for a circuit that was written down without them."""
 
     sites: tuple[str, ...] = NODE_SITES
     """Where nodes outside the circuit are held; every other site keeps what is computed there."""
@@ -212,6 +212,11 @@ class Circuit(CircuitFiles, CircuitPictures):
 
     def check_model(self, model: AnyModel) -> None:
         """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""
+        if not self.model_sha256:
+            raise CircuitError(
+                "this circuit was written down without its model, so nothing says what everything else is held at; "
+                "circuit.transplanted(model, baseline) puts it into one."
+            )
         model = hooked(model)
         self.baseline.check(model.cfg, self.sites)
         sha256 = weights_sha256(model)

@@ -33,6 +33,9 @@ DRAWN_AS = {"final_resid": "final_read"}
 COLUMN_TITLES = {"attn_read": "read", "attn_write": "write", "mlp_read": "read", "mlp_write": "write",
                  "final_read": "final\nread"}  # fmt: skip
 
+WEIGHT, PAIR_VALUE = "weight", "pair_value"
+"""What the number of a wire is: its weight, or the number that a released circuit states for its two ends."""
+
 N_ATTENTION_WIRES = 60
 """Beyond so many, a figure leaves the wires of q and k out and says so."""
 
@@ -55,13 +58,15 @@ class CircuitPictures:
     def plot(self, ax: Axes | None = None, tokens: pd.DataFrame | None = None) -> Axes:
         """Draw the circuit: blue wires for positive weights, vermilion for negative ones, larger nodes for needed ones.
 
-        Of a circuit of more than `N_DRAWN` nodes those that are needed most are drawn, and the title says so.
+        Wires whose weights are not known are drawn by the number that was published in their place. Of a circuit of
+        more than `N_DRAWN` nodes those that are needed most are drawn, and the title says so.
 
         Args:
             ax: where to draw; None makes a figure that is large enough.
             tokens: wires to and from tokens as `token_wires` returns them; None draws none.
         """
-        nodes, edges, tokens = _most_needed(self.nodes, self.edges, tokens)
+        value, edges = _drawn_values(self.edges)
+        nodes, edges, tokens = _most_needed(self.nodes, edges, tokens)
         placed, height, width = layout(nodes, edges, tokens)
         parts = [edges] if tokens is None or tokens.empty else [edges, tokens]
         wires = pd.concat(parts, ignore_index=True)[["source", "target", "kind", "weight"]]
@@ -87,7 +92,8 @@ class CircuitPictures:
         if own_figure:
             ax.figure.set_size_inches(max(7.0, COLUMN_INCHES * (width + 1)), max(4.0, ROW_INCHES * (height + 5)))
             drawn = f"the {len(nodes)} most needed of " if len(nodes) < len(self.nodes) else ""
-            title = f"{self.task_name or 'circuit'} in {self.model_name}: {drawn}{len(self.nodes)} nodes{left_out}"
+            by = "" if value == WEIGHT else f", wires by {value}"
+            title = f"{self.task_name or 'circuit'} in {self.model_name}: {drawn}{len(self.nodes)} nodes{left_out}{by}"
             ax.set_title(title, color=INK, fontsize=10)
         return ax
 
@@ -105,9 +111,11 @@ class CircuitPictures:
         layers = [int(layer) for layer, site in zip(self.nodes.layer, self.nodes.site, strict=True)
                   if not site.startswith("final")]  # fmt: skip
         n_edges = int((self.edges.kind == "weight").sum())
+        value, edges = _drawn_values(self.edges)
         return CircuitPage(
             nodes=page_nodes(self.nodes),
-            edges=page_edges(self.edges),
+            edges=page_edges(edges),
+            edge_value=value,
             title=self.task_name or "Circuit",
             model=self.model_name,
             task=self.task_name or "",
@@ -135,6 +143,16 @@ def _most_needed(
     return nodes.reset_index(drop=True), among(edges), None if tokens is None else among(tokens)
 
 
+def _drawn_values(edges: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """What the number of a wire is, and the wires with it as `weight`: `pair_value` where no weight is known."""
+    weights = edges.weight[edges.kind == "weight"]
+    if weights.notna().any() or weights.empty or PAIR_VALUE not in edges:
+        return WEIGHT, edges
+    return PAIR_VALUE.replace("_", " "), edges.assign(
+        weight=edges[PAIR_VALUE].where(edges.kind == "weight", edges.weight)
+    )
+
+
 def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:
     """The rows of a circuit's nodes as a page knows them."""
     return [
@@ -145,7 +163,7 @@ def page_nodes(nodes: pd.DataFrame) -> list[PageNode]:
             channel=int(row["channel"]),
             head=None if pd.isna(row["head"]) else int(row["head"]),
             importance=None if pd.isna(row["importance_nats"]) else max(0.0, float(row["importance_nats"])),
-            baseline=float(row["baseline"]),
+            baseline=None if pd.isna(row["baseline"]) else float(row["baseline"]),
         )
         for row in nodes.to_dict("records")
     ]

@@ -95,7 +95,7 @@ function startPage() {
 
   function edgeWords(edge) {
     const value = { residual: "identity along the residual stream", attention: "joined by the attention pattern" }[edge.kind];
-    return [`${fullName(model.vertex(edge.source))} → ${fullName(model.vertex(edge.target))}`, value || `weight ${number(edge.weight, true)}`];
+    return [`${fullName(model.vertex(edge.source))} → ${fullName(model.vertex(edge.target))}`, value || `${model.data.edge_value} ${number(edge.weight, true)}`];
   }
 
   /** Beside `point`, at `distance` to the right of it or, where there is no room, to the left. */
@@ -119,7 +119,7 @@ function startPage() {
   fillMasthead(model.data);
   showVerdict(byId("verdict"), byId("tab-audit"), model.data.audit, () => openTab("audit"));
   showAudit(byId("view-audit"), model.data.audit);
-  fillLegend(byId("legend"));
+  fillLegend(byId("legend"), model.data.edge_value);
   wireTabs();
   wireTheme(byId("theme"));
   graph.draw();
@@ -144,7 +144,7 @@ function fillMasthead(data) {
 }
 
 /** The legend is a picture of what the graph uses, drawn with the graph's own classes. */
-function fillLegend(legend) {
+function fillLegend(legend, value) {
   const wire = (kind, words) => {
     const sample = d3.select(el("span", { className: "sample" })), svg = sample.append("svg").attr("viewBox", "0 0 34 12");
     svg.append("path").attr("class", `edge ${kind}`).attr("d", "M1,6H31")
@@ -157,7 +157,7 @@ function fillLegend(legend) {
       .append("path").attr("class", "shape").attr("d", NODE_SHAPES[shapeOf({ site })](5));
     return el("span", {}, sample.node(), words);
   };
-  legend.replaceChildren(wire("weight positive", "positive weight"), wire("weight negative", "negative weight"),
+  legend.replaceChildren(wire("weight positive", `positive ${value}`), wire("weight negative", `negative ${value}`),
     wire("residual plain", "residual rail"), wire("attention plain", "attention"), node("attn_read", "read, q, k, v"),
     node("attn_write", "write"), node("neuron", "neuron"), el("span", { className: "aside" }, "larger, darker: more important"));
 }
@@ -212,9 +212,9 @@ function wireEdgeControls(model, graph, refresh) {
     const least = sizes.length ? sizes[Number(slider.value)] : 0;
     for (const edge of model.edges) edge.off = isWeight(edge) ? Math.abs(edge.weight) < least : !shown[edge.kind].checked;
     const everything = weights.every((edge) => !edge.off), words = countKept(counted, "edge");
-    output.textContent = everything ? (weights.length ? `all ${plural(counted.length, "edge")} shown` : "no edges") : `|w| ≥ ${number(least)} · ${words}`;
+    output.textContent = everything ? (weights.length ? `all ${plural(counted.length, "edge")} shown` : "no edges") : `|${model.data.edge_value === "weight" ? "w" : model.data.edge_value}| ≥ ${number(least)} · ${words}`;
     const tokens = entries.length ? `, ${countKept(entries, "token weight")}` : "";
-    slider.setAttribute("aria-valuetext", `${words}${tokens} shown, weight at least ${number(least)}`);
+    slider.setAttribute("aria-valuetext", `${words}${tokens} shown, ${model.data.edge_value} at least ${number(least)}`);
     graph.refreshEdges();
     refresh();
   }

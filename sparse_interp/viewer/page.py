@@ -151,7 +151,7 @@ class PageEdge:
     """Id of the node or token that the wire enters."""
 
     weight: Number = 1
-    """The weight; residual and attention wires have none of their own and leave it at 1."""
+    """The weight, or what the page's `edge_value` says; residual and attention wires leave it at 1."""
 
     kind: str = "weight"
     """One of `EDGE_KINDS`."""
@@ -229,6 +229,9 @@ class CircuitPage:
 
     edges: Sequence[PageEdge] = ()
     """Wires between nodes and tokens; the count in the page is of kind "weight" alone."""
+
+    edge_value: str = "weight"
+    """What the number of an edge is, where it is no weight."""
 
     tokens: Sequence[PageToken] = ()
     """Tokens drawn at the ends of the graph."""
@@ -319,7 +322,7 @@ def page_data(page: CircuitPage) -> dict[str, Any]:
 
     data = {
         "title": page.title, "subtitle": page.subtitle, "model": page.model, "task": page.task,
-        "n_layers": page.n_layers, "summary": list(page.summary.items()),
+        "n_layers": page.n_layers, "edge_value": page.edge_value, "summary": list(page.summary.items()),
         "nodes": [_node_data(node, index_of) for node in page.nodes],
         "tokens": [vars(token) for token in page.tokens],
         "edges": [[edge.source, edge.target, edge.weight, edge.kind] for edge in page.edges],

@@ -1,5 +1,9 @@
 """What the tests of circuits share: circuits of random nodes, and the hand-built quote model with its answer key."""
 
+import importlib.util
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +73,39 @@ def zero(make_model):
     from sparse_interp.interventions.ablation import zero_values
 
     return zero_values
+
+
+# -- published files, written without the library ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Released models and circuits written once more in NumPy, `released_reference.py`."""
+    path = Path(__file__).parent / "released_reference.py"
+    spec = importlib.util.spec_from_file_location("released_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def as_tensors(value):
+    """Arrays, in whatever they lie, as tensors."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: as_tensors(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(as_tensors(part) for part in value)
+    return value
+
+
+@pytest.fixture
+def written(tmp_path):
+    """`written(name, content)`: a file as `torch.save` writes it, arrays as tensors."""
+
+    def write(name, content):
+        with (tmp_path / name).open("wb") as file:
+            torch.save(as_tensors(content), file)
+        return tmp_path / name
+
+    return write
