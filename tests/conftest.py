@@ -151,3 +151,27 @@ def plain_model(make_model):
 def tokens() -> torch.Tensor:
     """Three sequences of seven tokens of the small vocabulary."""
     return torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(2))
+
+
+# -- dense models of TransformerLens -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def dense_script():
+    """`model/dense_script.py`, which makes dense models and also runs by itself on any supported TransformerLens."""
+    spec = importlib.util.spec_from_file_location("dense_script", Path(__file__).parent / "model" / "dense_script.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def make_bridge(dense_script):
+    """`make_bridge(**kind)`: a native TransformerBridge of 50 tokens with random weights, and those weights."""
+
+    def make(**kind):
+        shape = dense_script.shape_of(50, **{"norm": "rms"} | kind)
+        weights = dense_script.random_weights(shape)
+        return dense_script.bridge(shape, weights), weights
+
+    return make

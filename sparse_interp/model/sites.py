@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sparse_interp.errors import CircuitError
 from sparse_interp.model.config import AnyShape
-from sparse_interp.model.layers import Block
 
 
 class Site(NamedTuple):
@@ -156,7 +155,7 @@ class Wire(NamedTuple):
     """TransformerLens name of the matrix within a block."""
 
     weight: Callable[[Any], Float[Tensor, "source target"]]
-    """The matrix, of a block, with one row per source node and one column per target node.
+    """The matrix of a block, or of what has its weights by the same names: a row per source, a column per target node.
 
     A v node has one row in W_O for every query head that carries it: those of `queries_of`.
     """
@@ -166,14 +165,14 @@ def _heads_out(weight: Float[Tensor, "head d_in d_head"]) -> Float[Tensor, "d_in
     return weight.permute(1, 0, 2).flatten(1)
 
 
-def _read(block: Block, letter: str) -> Float[Tensor, "d_read width"]:
+def _read(block: Any, letter: str) -> Float[Tensor, "d_read width"]:
     weight = _heads_out(getattr(block.attn, f"W_{letter}"))
     if not hasattr(block.attn, f"W_{letter}_pos"):
         return weight
     return torch.cat([weight, _heads_out(getattr(block.attn, f"W_{letter}_pos"))])
 
 
-def _mlp_read(block: Block) -> Float[Tensor, "d_read d_mlp"]:
+def _mlp_read(block: Any) -> Float[Tensor, "d_read d_mlp"]:
     if block.mlp.W_in_pos is None:
         return block.mlp.W_in
     return torch.cat([block.mlp.W_in, block.mlp.W_in_pos])
