@@ -169,7 +169,7 @@ def stalled(n: int):
     def behave(request, body):
         honest(request, body, n_sent=n)
         request.wfile.flush()
-        request.over.wait(20)
+        request.over.wait(120)
         request.close_connection = True
 
     return behave
@@ -177,7 +177,7 @@ def stalled(n: int):
 
 def silent(request, _):
     """Not even a status line."""
-    request.over.wait(20)
+    request.over.wait(120)
     request.close_connection = True
 
 
@@ -266,18 +266,18 @@ def gzipped_and_cut_off(request, body):
     request.hang_up()
 
 
-def in_chunks(n: int | None = None):
-    """Chunked transfer, which states no length; with `n`, the connection ends within it."""
+def in_chunks(n: int | None = None, whole: bool = False, end: bytes = b""):
+    """Chunked transfer, which states no length; after `n` bytes the connection is lost, unless they are `whole`."""
 
     def behave(request, body):
         request.send_response(200)
         request.send_header("Transfer-Encoding", "chunked")
         request.end_headers()
-        sent = body[:n]
+        sent = body[:n] + end
         for i in range(0, len(sent), 50_000):
             piece = sent[i : i + 50_000]
             request.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-        if n is None:
+        if n is None or whole:
             request.wfile.write(b"0\r\n\r\n")
         else:
             request.hang_up()
@@ -391,6 +391,8 @@ FAULTS = [
     Fault("compressed, and damaged", [gzipped_and_damaged], 5, "compressed, and damaged", NOTHING),
     Fault("in chunks", [in_chunks()], 1, known=UNKNOWN),
     Fault("in chunks, cut off once", [in_chunks(MUCH), in_chunks()], 2, known=UNKNOWN),
+    Fault("in chunks, and too long", [in_chunks(end=b"!")], 1, "it has 300,001 bytes", NOTHING, known=SIZE),
+    Fault("in chunks, and too short", [in_chunks(MUCH, whole=True)], 5, "ended after 150,000", NOTHING, known=SIZE),
     Fault("no length stated; size known, cut off once", [without_a_length(MUCH), honest], 2, known=SIZE),
     Fault("no length stated; nothing known", [without_a_length()], 1, "does not say how long", NOTHING, known=UNKNOWN),
 ]  # fmt: skip
@@ -400,7 +402,8 @@ FAULTS = [
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 CHILD = """
-import sys, types
+import signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored otherwise, if it was when the tests were started
 package = types.ModuleType("sparse_interp")
 package.__path__ = [sys.argv[1]]        # the package without its index page, which would import everything
 sys.modules["sparse_interp"] = package

@@ -33,6 +33,8 @@ from faulty_server import (
     stalled,
     start_fetching,
     status,
+    untagged,
+    weakly_tagged,
 )
 
 from sparse_interp.errors import DownloadError
@@ -100,6 +102,13 @@ def test_only_what_is_lacking_is_asked_for_and_only_of_the_same_version(serve, p
     assert server.ranges == [None, f"bytes={KEPT}-"]
     assert server.requests[1][1]["If-Range"] == etag(BODY)
     assert all(headers["Accept-Encoding"] == "identity" for _, headers in server.requests)
+
+
+def test_what_an_etag_does_not_name_byte_for_byte_is_fetched_anew(serve, path):
+    for answer in (untagged, weakly_tagged):
+        server = serve(answer(MUCH), honest)
+        get(server, path.with_name(answer.__name__))
+        assert server.ranges == [None, None]
 
 
 def test_headway_starts_the_count_of_attempts_anew(serve, path, monkeypatch):
