@@ -10,6 +10,11 @@ because a constant added to a row changes no probability; unseen pairs are exact
 
 The pre-tokenisation pattern is that of the tokenizer of Gao et al. 2025 (arXiv:2511.13653, released as
 `tinypython_2k`): words with one leading character, numbers of up to three digits, runs of punctuation, white space.
+
+That tokenizer was itself published as two files for tiktoken, which joins two neighbours wherever their union is a
+piece, the earliest piece first, and takes a word that is a piece as it is. A list of merges says the same only if every
+way to split a piece into two is on it. One id has no bytes there and cannot be decoded, `<|startoftext|>`; here it
+decodes to that name, and no text encodes to it.
 """
 
 import hashlib
@@ -27,13 +32,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparse_interp.corpus import Document
 from sparse_interp.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: begins every block and prompt, ends every document, pads."""
+
+START_OF_TEXT = "<|startoftext|>"
+"""The last id but one of `tinypython_2k`, which no text has."""
+
+TOKENIZER_JSON, SETTINGS_JSON = "tokenizer.json", "tokenizer_config.json"
+MERGES_BPE, IDS_JSON = "vocab.bpe", "encoder.json"
 
 PIECE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """No piece crosses the boundaries that this pattern draws."""
@@ -48,14 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     """
     if not 257 <= vocab_size <= 2**16:
         raise TokenizerError(f"vocab_size={vocab_size}; 256 bytes and one special token need 257 to 65536 ids.")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECE_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = _byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=[], show_progress=False, min_frequency=2
@@ -67,15 +71,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
             "repeated pieces. Give more text or a smaller vocab_size."
         )
     backend.add_special_tokens([END_OF_TEXT])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **_TOKENIZER_SETTINGS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **_TOKENIZER_SETTINGS, **dict.fromkeys(_SPECIAL, END_OF_TEXT)
+    )
 
 
-_TOKENIZER_SETTINGS = {
-    "bos_token": END_OF_TEXT,
-    "eos_token": END_OF_TEXT,
-    "pad_token": END_OF_TEXT,
-    "clean_up_tokenization_spaces": False,
-}
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
+_TOKENIZER_SETTINGS = {"clean_up_tokenization_spaces": False}
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECE_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -89,25 +103,91 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise TokenizerError(f"{folder} holds another tokenizer, which its models need; choose a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    special = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None}
     try:
         unfinished.chmod(0o755)
-        _backend(tokenizer).save(str(unfinished / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_TOKENIZER_SETTINGS}
-        (unfinished / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        _backend(tokenizer).save(str(unfinished / TOKENIZER_JSON))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_TOKENIZER_SETTINGS, **special}
+        (unfinished / SETTINGS_JSON).write_text(json.dumps(settings, indent=2) + "\n")
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that `save_tokenizer` wrote to `folder`; never reaches for the network."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise TokenizerError(f"{folder} holds no tokenizer: {name} is missing. Give a folder of save_tokenizer.")
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, as a fast one; never reaches for the network, and runs no code that lies there.
+
+    Read are what `save_tokenizer` wrote; any `tokenizer.json` of the Hugging Face hub; and `vocab.bpe` with
+    `encoder.json`, the two files of `tinypython_2k`. Of eos, bos and pad, those that are not set become one another,
+    and `<|endoftext|>` before all. A pad token that is an ordinary piece, as an exclamation mark would be, is not used.
+
+    Raises:
+        TokenizerError: if there is none, or a damaged one.
+    """
+    folder = Path(folder)
+    if (folder / MERGES_BPE).is_file() and not (folder / TOKENIZER_JSON).is_file():
+        return _tinypython(folder)
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise TokenizerError(
+            f"{folder} holds no tokenizer: {TOKENIZER_JSON} is missing, and so is {MERGES_BPE} with {IDS_JSON}. "
+            "Give a folder of save_tokenizer, or one with those files."
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        backend = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        settings = _TOKENIZER_SETTINGS | _special_tokens(folder, backend)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **settings)
     except Exception as error:
         raise TokenizerError(f"The tokenizer in {folder} cannot be read ({error}); restore or retrain it.") from error
+
+
+def _special_tokens(folder: Path, backend: Tokenizer) -> dict[str, str]:
+    """eos, bos and pad as `folder` sets them, or as they set one another."""
+    said: dict[str, object] = {}
+    for name in ("special_tokens_map.json", SETTINGS_JSON):
+        if (folder / name).is_file():
+            said |= json.loads((folder / name).read_text(encoding="utf-8"))
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    found: dict[str, str] = {}
+    for name in _SPECIAL:
+        token = said.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in added:
+            found[name] = token
+    usual = found.get("eos_token") or (END_OF_TEXT if END_OF_TEXT in added else next(iter(found.values()), None))
+    return found if usual is None else dict.fromkeys(_SPECIAL, usual) | found
+
+
+def _tinypython(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer whose merges and ids are in two files, checked against one another as tiktoken checks them."""
+    try:
+        lines = (folder / MERGES_BPE).read_text(encoding="utf-8").split("\n")[1:-1]  # a header, and after the last line
+        merges = [tuple(line.split()) for line in lines]
+        ids = json.loads((folder / IDS_JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"The tokenizer in {folder} cannot be read ({error}); fetch both files again.") from error
+    expected = {symbol: i for i, symbol in enumerate(_BYTE_OF_SYMBOL)}
+    expected |= {"".join(pair): 256 + i for i, pair in enumerate(merges)}
+    expected |= {START_OF_TEXT: len(expected), END_OF_TEXT: len(expected) + 1}
+    if not isinstance(ids, dict) or ids != expected or not all(len(pair) == 2 for pair in merges):
+        wrong = sorted(set(expected.items()) ^ set(ids.items()))[:3] if isinstance(ids, dict) else []
+        raise TokenizerError(
+            f"{folder}: {MERGES_BPE} and {IDS_JSON} do not belong together, or are damaged; they disagree about "
+            f"{', '.join(map(repr, wrong))}. Fetch both again."
+        )
+    splits = [
+        pair
+        for piece, _ in sorted(ids.items(), key=lambda item: item[1])[256:-2]
+        for pair in sorted(
+            ((piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids),
+            key=lambda pair: (ids[pair[0]], ids[pair[1]]),
+        )
+    ]
+    vocab = {piece: i for piece, i in ids.items() if piece != END_OF_TEXT}
+    backend = _byte_level(models.BPE(vocab, splits, ignore_merges=True))
+    backend.add_special_tokens([END_OF_TEXT])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **_TOKENIZER_SETTINGS, **dict.fromkeys(_SPECIAL, END_OF_TEXT)
+    )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -365,7 +445,7 @@ _BYTE_OF_SYMBOL = _byte_of_symbol()
 
 
 def _readable(piece: str) -> str:
-    if piece == END_OF_TEXT:
-        return piece
+    if piece == END_OF_TEXT or any(symbol not in _BYTE_OF_SYMBOL for symbol in piece):
+        return piece  # a special token, or one of a tokenizer that does not write bytes as symbols
     text = bytes(_BYTE_OF_SYMBOL[symbol] for symbol in piece).decode("utf-8", errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

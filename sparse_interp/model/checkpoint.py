@@ -11,7 +11,9 @@ Gaps: with p_0 < p_1 < ... the places of the non-zero entries in the flattened t
 p_(-1) = -1. A gap nearly always fits 16 bits, so a weight that is not zero costs six bytes in float32.
 
 A folder appears whole or not at all, is never overwritten, and is read strictly: a tensor that is missing, surplus, of
-another shape, not finite or not the one that was saved is an error, and no model comes out.
+another shape, not finite or not the one that was saved is an error, and no model comes out. The three safetensors files
+carry the sha256 of each of their tensors (model/tensor_files.py), and the weights' header that of config.json. Files
+from before they did are read too: there the one hash of all weights, in config.json, has to be right.
 """
 
 import hashlib
@@ -27,18 +29,21 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, Integer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sparse_interp.data_files import data_folder
 from sparse_interp.errors import CheckpointError, ConfigError, TokenizerError
 from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.load_report import LoadReport, rows_of
 from sparse_interp.model.sites import NodeValues, Place
+from sparse_interp.model.tensor_files import own_bytes, read_own
 from sparse_interp.tokenizer import load_bigram_table, load_tokenizer, save_tokenizer, tokenizer_hash
 
 FORMAT_VERSION = 1
+_CONFIG_SUM = "config_sha256"
+"""Header entry of the weights: the sha256 of what config.json says."""
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "weights.safetensors", "tokenizer"
 CARD, CARD_TEXT = "card.json", "card.md"
 VALIDATION, MEANS = "validation.safetensors", "means.safetensors"
@@ -98,12 +103,15 @@ class ModelFiles:
         }
         if config["bigram_table"] is not None:
             del tensors["bigram_table"]
-        files = {CONFIG: json.dumps(config, indent=2).encode() + b"\n", WEIGHTS: _packed(tensors)}
+        files = {
+            CONFIG: json.dumps(config, indent=2).encode() + b"\n",
+            WEIGHTS: _packed(tensors, {_CONFIG_SUM: _config_sum(config)}),
+        }
         if card is not None:
             files[CARD] = json.dumps(card, indent=2).encode() + b"\n"
             files[CARD_TEXT] = card_text(card).encode()
         if validation is not None:
-            files[VALIDATION] = safetensors_bytes({"tokens": validation.to(torch.uint16).contiguous()})
+            files[VALIDATION] = own_bytes({"tokens": validation.to(torch.uint16)}, {})
         if means is not None:
             files[MEANS] = node_values_bytes(means)
         _write_folder(folder, files, None if bundled else self.tokenizer)
@@ -122,6 +130,9 @@ class StoredModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer that it was trained with, where the folder says which."""
 
+    report: LoadReport
+    """What was read."""
+
 
 def read_model(folder: Path) -> StoredModel:
     """What `save` wrote to `folder`.
@@ -137,7 +148,8 @@ def read_model(folder: Path) -> StoredModel:
     expected, table = cfg.weight_shapes(), config["bigram_table"]
     if table is not None:
         expected.pop("bigram_table", None)
-    tensors = {name: t.to(cfg.dtype) for name, t in _unpacked(folder / WEIGHTS, expected).items()}
+    unpacked, entries = _unpacked(folder / WEIGHTS, expected)
+    tensors = {name: t.to(cfg.dtype) for name, t in unpacked.items()}
     if table is not None:
         tensors["bigram_table"] = _bundled_table(table).to(cfg.dtype)
     _refuse_non_finite(tensors, str(folder / WEIGHTS))
@@ -146,7 +158,14 @@ def read_model(folder: Path) -> StoredModel:
             f"the weights in {folder} are not those that were saved: their sha256 is {_sha256(tensors)}, and "
             f"{CONFIG} says {config['weights_sha256']}. Fetch or save the model again."
         )
-    return StoredModel(cfg, tensors, tokenizer)
+    if entries.get(_CONFIG_SUM, _config_sum(config)) != _config_sum(config):
+        raise CheckpointError(
+            f"{folder / CONFIG} is not the one that was saved with {WEIGHTS}. Restore it; to change what it says, load "
+            "the model, change model.cfg, and save it under another name."
+        )
+    sizes = {name: f"{(folder / name).stat().st_size:,} bytes" for name in (CONFIG, WEIGHTS)}
+    report = LoadReport(rows_of(tensors), cfg.model_name, "sparse_interp", sizes)
+    return StoredModel(cfg, tensors, tokenizer, report)
 
 
 def weights_sha256(model: Any) -> str:
@@ -208,7 +227,7 @@ def bundled_tokenizer_folder(name: str) -> Path:
 def node_values_bytes(values: NodeValues) -> bytes:
     """One number for every node, as a safetensors file."""
     tensors = {f"{place.layer}.{place.site}": v.detach().cpu().contiguous() for place, v in values.values.items()}
-    return safetensors_bytes(tensors, {"kind": values.kind})
+    return own_bytes(tensors, {"kind": values.kind})
 
 
 def load_node_values(path: Path) -> NodeValues:
@@ -217,7 +236,7 @@ def load_node_values(path: Path) -> NodeValues:
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_own(path)
     places = {Place(int(layer), site): v for name, v in tensors.items() for layer, _, site in [name.partition(".")]}
     return NodeValues(places, metadata.get("kind", "unknown"))
 
@@ -228,7 +247,7 @@ def load_validation(path: Path) -> Int[Tensor, "block pos"]:
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    tensors, _ = _read(path)
+    tensors, _ = read_own(path)
     if "tokens" not in tensors:
         raise CheckpointError(f"{path} holds no blocks of tokens; fetch or save the model again.")
     return tensors["tokens"].long()
@@ -271,8 +290,8 @@ def _shown(value: Any) -> str:
 # -- tensors as they lie in a file ------------------------------------------------------------------------------------
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file in which each tensor takes the smaller of its two forms."""
+def _packed(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> bytes:
+    """A safetensors file with these header entries, in which each tensor takes the smaller of its two forms."""
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         flat = tensor.contiguous().flatten()
@@ -282,13 +301,14 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
         if len(place) * (width.itemsize + flat.element_size()) < flat.numel() * flat.element_size():
             stored |= {f"{name}:gap": gap.to(width), f"{name}:value": flat[place]}
         else:
-            stored[name] = tensor.contiguous()
-    return safetensors_bytes(stored, {"shapes": json.dumps({name: list(t.shape) for name, t in tensors.items()})})
+            stored[name] = tensor
+    shapes = json.dumps({name: list(t.shape) for name, t in tensors.items()})
+    return own_bytes(stored, {"shapes": shapes, **entries})
 
 
-def _unpacked(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors that `_packed` stored in `path`, if their names and shapes are those expected."""
-    stored, metadata = _read(path)
+def _unpacked(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that `_packed` stored in `path`, if their names and shapes are those expected; the header entries."""
+    stored, metadata = read_own(path)
     try:
         shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -307,7 +327,7 @@ def _unpacked(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, 
             f"{path} does not hold the weights that {CONFIG} describes: {'; '.join(faults[:8])}{more}. "
             "The two files belong to different models, or the library has changed since."
         )
-    return {name: _tensor(stored, name, shape, path) for name, shape in expected.items()}
+    return {name: _tensor(stored, name, shape, path) for name, shape in expected.items()}, metadata
 
 
 def _tensor(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
@@ -323,22 +343,15 @@ def _tensor(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], pat
     raise CheckpointError(f"{path}: {name} is damaged; fetch or save the model again.")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch or save the model again.")
-    try:
-        with safe_open(path, "pt") as file:
-            # cloned: what safetensors returns lies in the file, and changes or crashes with it
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch or save the model again.") from error
-
-
 def _refuse_non_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise CheckpointError(f"{where}: {bad} of the {tensor.numel()} entries of {name} are NaN or infinite.")
+
+
+def _config_sum(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Modules of this folder that tests load by path: the reference forward pass, and the TransformerLens script."""
+"""Modules of this folder that tests load by path: the reference forward passes."""
 
 import importlib.util
 from pathlib import Path
@@ -22,9 +22,9 @@ def numpy_reference():
 
 
 @pytest.fixture(scope="session")
-def tl_script():
-    """`tl_script.py`, which also runs by itself on any supported TransformerLens."""
-    return load("tl_script")
+def released_numpy():
+    """The released models' forward pass, and random models in their forms, `released_numpy.py`."""
+    return load("released_numpy")
 
 
 @pytest.fixture(scope="session")

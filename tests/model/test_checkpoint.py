@@ -24,6 +24,7 @@ from sparse_interp.model.checkpoint import (
     weights_sha256,
 )
 from sparse_interp.model.sites import NodeValues, places, width
+from sparse_interp.model.tensor_files import SUMS
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tokenizer import load_bigram_table
 
@@ -47,9 +48,9 @@ def folder(sparse, tmp_path) -> Path:
 
 
 def rewrite(folder: Path, **changes) -> None:
-    """Replace stored tensors (None deletes one), leaving everything else as it was."""
+    """Replace stored tensors (None deletes one) in a file as it was before files carried sums, and leave the rest."""
     with safe_open(folder / WEIGHTS, "pt") as file:
-        metadata = file.metadata()
+        metadata = {key: entry for key, entry in file.metadata().items() if key != SUMS}
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     for name, tensor in changes.items():
         tensors.pop(name, None)
@@ -211,6 +212,26 @@ def test_other_weights_of_the_right_shapes_are_not_those_that_were_saved(folder)
         HookedSparseTransformer.load(folder)
 
 
+def test_a_file_from_before_sums_is_read(sparse, folder):
+    rewrite(folder)
+    assert weights_sha256(HookedSparseTransformer.load(folder)) == weights_sha256(sparse)
+
+
+def test_a_config_that_was_changed_after_saving_is_refused(folder):
+    reconfigure(folder, lambda config: config["model"].update(afrac=0.5))
+    with pytest.raises(CheckpointError, match="config.json is not the one that was saved with weights.safetensors"):
+        HookedSparseTransformer.load(folder)
+
+
+def test_a_tensor_that_is_not_the_one_that_was_saved_is_named(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    values = load_file(folder / WEIGHTS)["blocks.0.mlp.W_in:value"].numpy().tobytes()
+    place = whole.index(values) + 9
+    (folder / WEIGHTS).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(CheckpointError, match="the sha256 of blocks.0.mlp.W_in:value is"):
+        HookedSparseTransformer.load(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -237,8 +258,9 @@ def test_a_config_that_says_something_else_is_refused(folder, change, error, wor
 
 
 def test_a_folder_without_a_model_and_a_config_that_is_no_json_are_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no model: config.json is missing"):
-        HookedSparseTransformer.load(tmp_path / "nowhere")
+        HookedSparseTransformer.load(tmp_path / "empty")
     (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="weights.safetensors is missing"):
         HookedSparseTransformer.load(folder)
