@@ -25,9 +25,19 @@ import torch
 import typer
 from typer import Argument, Option
 
-from sparse_interp.circuit.describe import Description, describe, page, token_wires
+from sparse_interp.circuit.describe import Description, describe, page, token_text, token_wires
 from sparse_interp.circuit.find import find_circuit
 from sparse_interp.circuit.graph import Circuit
+from sparse_interp.circuit.payload import read_means, read_payload
+from sparse_interp.circuit.released import (
+    FORMS,
+    ReplayTable,
+    answers_of_classes,
+    likely_answers,
+    released_circuit,
+    released_page,
+    replay,
+)
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
@@ -57,6 +67,8 @@ TEXT = "text"
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 CIRCUIT = "circuit.json"
+
+PUBLISHED_MEANS = "mean_baseline_pretrain.pt"
 
 CONTEXT_BLOCKS = 100
 """Blocks of held-out text that the contexts on a page are chosen from."""
@@ -295,6 +307,84 @@ def show(
         table = None
     _draw(found, network, prompts, name, table, circuit.parent, seed)
     print(circuit.parent / "circuit.html")
+
+
+@app.command()
+def released(
+    model: Annotated[str, Argument(help="A released model, such as openai/csp_yolo2, or its folder.")],
+    task: Annotated[str, Argument(help="The task as the release calls it, such as bracket_counting_beeg.")],
+    sweep: Annotated[str, Option(help="The pruning sweep that the circuit is from.")] = "prune_v4",
+    k: Annotated[str, Option(help="Its number of nodes, or k_optim.")] = "k_optim",
+    payload: Annotated[Path | None, Option(help="A viz_data.pt to read instead of fetching one.")] = None,
+    means: Annotated[Path | None, Option(help="A mean_baseline_pretrain.pt to read instead of fetching one.")] = None,
+    answers: Annotated[
+        tuple[int, int] | None, Option(help="Right token ids after either class of prompts; else the model's own.")
+    ] = None,
+    form: Annotated[str, Option(help=f"How the task's loss is defined: {' or '.join(FORMS)}.")] = FORMS[0],
+    tolerance: Annotated[float | None, Option(help="Exit with 1 if a loss differs by more, in nats.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for circuit.json, its page, figure and the whole table.")] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a released circuit, and show its losses beside those that were published with it.
+
+    The payload states a loss for the model, for the circuit, and for the circuit without each node; and what every node
+    holds on 32 prompts. All of it is measured again, in nats per prompt: stored losses are halved.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if out is not None:
+        _claim(out)
+    files = _released_files(model, task, sweep, k, payload, means)
+    published, baseline = read_payload(files[0]), read_means(files[1])
+    network = load(model)
+    circuit = released_circuit(network, published, baseline, task_name=task)
+    rows = None
+    if published.samples is not None:
+        rows = (
+            answers_of_classes(published.samples, *answers) if answers else likely_answers(network, published.samples)
+        )
+    table = replay(network, circuit, published, answers=rows, form=form)
+    _say_replayed(circuit, [*published.notes, *baseline.notes], rows, table, as_json)
+    if out is not None:
+        circuit.save(out / CIRCUIT)
+        table.save(out / "replay.csv")
+        circuit.to_html(out / "circuit.html", released_page(circuit, published, token_text(network)))
+        save_figure(circuit.plot(), out / "circuit.png")
+    if tolerance is not None and not table.largest("nats") <= tolerance:
+        raise typer.Exit(FAILED)
+
+
+def _released_files(
+    model: str, task: str, sweep: str, k: str, payload: Path | None, means: Path | None
+) -> tuple[Path, Path]:
+    """Payload and means: those that were named, or lie beside each other as they are published, or are fetched."""
+    if payload is None:
+        payload, found = zoo.released_circuit_files(model, task, sweep, k)
+    else:
+        beside = (folder / PUBLISHED_MEANS for folder in list(payload.absolute().parents)[:4])
+        found = next((path for path in beside if path.is_file()), None)
+    if means is None and found is None:
+        raise CircuitError(
+            f"there is no {PUBLISHED_MEANS} for the circuits of {model}, and nothing else says what the rest is held "
+            "at; name one with --means, or make means of your own text in Python (docs/released_circuits.md)."
+        )
+    return payload, means or found
+
+
+def _say_replayed(
+    circuit: Circuit, notes: list[str], answers: torch.Tensor | None, table: ReplayTable, as_json: bool
+) -> None:
+    classes = [] if answers is None else [int(answers[0]), int(answers[-1])]
+    if as_json:
+        shown = {name: json.loads(part.frame.to_json(orient="records")) for name, part in
+                 {"summary": table.summary(), "rows": table}.items()}  # fmt: skip
+        result = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "answers": classes, "notes": notes, **shown}
+        print(json.dumps(result, indent=1))
+        return
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{circuit}\nanswers: tokens {classes[0]} and {classes[1]}\n{table.summary()}")
 
 
 @app.command("demo")

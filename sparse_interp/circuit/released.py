@@ -26,8 +26,9 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import PerPrompt
+from sparse_interp.circuit.describe import N_AFTER, N_BEFORE
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.circuit.payload import Means, Payload, TaskSamples
+from sparse_interp.circuit.payload import Means, Payload, Snippet, TaskSamples
 from sparse_interp.circuit.pictures import PAIR_VALUE
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, holding_hooks
@@ -37,6 +38,7 @@ from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 from sparse_interp.tasks.task import TaskBatch, answer_loss
+from sparse_interp.viewer.page import CircuitPage, PageContext
 
 SIDES = 2
 """Prompts of a pair, whose losses the payload adds; here a loss is a mean over prompts."""
@@ -57,6 +59,9 @@ STORED_LOSS = "stored_loss"
 ROWS_AT_ONCE = 16
 """Prompts that run together."""
 
+N_CONTEXTS = 6
+"""Snippets that a page shows of a node, at most."""
+
 _SITE_OF = {loc: site for site, loc in LOCS.items()}
 
 
@@ -76,11 +81,18 @@ def place_of(loc: str, n_layers: int) -> Place:
 
 
 def released_circuit(
-    model: HookedSparseTransformer, payload: Payload, means: Means, *, task_name: str | None = None
+    model: HookedSparseTransformer, payload: Payload, means: Means | NodeValues, *, task_name: str | None = None
 ) -> Circuit:
     """The circuit of a payload in its model, edges read off the weights, importances as they are stored.
 
     Column `stored_loss` of its nodes and column `pair_value` of its edges are the payload's own numbers.
+
+    Args:
+        model: the model that the payload was made from.
+        payload: what was published.
+        means: what everything else is held at: the published means, or means of your own text from
+            `mean_activations(model, blocks, sites=RELEASED_SITES)`.
+        task_name: what the circuit was found for.
 
     Raises:
         CircuitError: if the payload or the means belong to a model of another shape.
@@ -94,7 +106,7 @@ def released_circuit(
     circuit = Circuit.of_nodes(
         model,
         stored,
-        baseline_of(model, means),
+        means if isinstance(means, NodeValues) else baseline_of(model, means),
         sites=RELEASED_SITES,
         importance=importance,
         task_name=task_name,
@@ -409,3 +421,31 @@ def task_activations(
         for part in tokens.split(ROWS_AT_ONCE):
             model(part.to(model.embed.W_E.device), return_type=None)
     return {loc: torch.cat(parts).permute(2, 0, 1) for loc, parts in found.items() if parts}
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def released_page(circuit: Circuit, payload: Payload, text: Callable[[int], str]) -> CircuitPage:
+    """The circuit's page with the published snippets of pretraining text in which each node is strongest.
+
+    `text` is what a token id stands for; `describe.token_text(model)` gives it.
+    """
+    n_layers = circuit.cfg.n_layers
+    found = {str(Node(*place_of(loc, n_layers), channel)): part for (loc, channel), part in payload.snippets.items()}
+    bare = circuit.bare_page()
+    nodes = [replace(node, top_contexts=_contexts(found.get(node.id, ()), text)) for node in bare.nodes]
+    return replace(bare, nodes=nodes)
+
+
+def _contexts(snippets: Iterable[Snippet], text: Callable[[int], str]) -> list[PageContext]:
+    """The strongest distinct snippets, cut to what a page has room for."""
+    contexts: dict[tuple, PageContext] = {}
+    for snippet in sorted(snippets, key=lambda s: -abs(float(s.activations[s.at]))):
+        start = max(0, snippet.at - N_BEFORE)
+        part = slice(start, snippet.at + N_AFTER + 1)
+        tokens = snippet.tokens[part].tolist()
+        values = snippet.activations[part].tolist()
+        context = PageContext(pieces=[text(token) for token in tokens], values=values, at=snippet.at - start)
+        contexts.setdefault((*tokens, snippet.at), context)
+    return list(contexts.values())[:N_CONTEXTS]
