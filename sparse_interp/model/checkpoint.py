@@ -143,7 +143,10 @@ def read_model(folder: Path) -> StoredModel:
         TokenizerError: if the tokenizer is not the one that the model was saved with.
     """
     config = read_config(folder)
-    cfg = ModelConfig.from_dict(config["model"])
+    try:
+        cfg = ModelConfig.from_dict(config["model"])
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from error
     tokenizer = _stored_tokenizer(config["tokenizer"], folder, cfg)
     expected, table = cfg.weight_shapes(), config["bigram_table"]
     if table is not None:

@@ -254,7 +254,7 @@ def test_a_config_that_says_something_else_is_refused(folder, change, error, wor
     reconfigure(folder, change)
     with pytest.raises(error) as refused:
         HookedSparseTransformer.load(folder)
-    assert words in str(refused.value)
+    assert words in str(refused.value) and str(folder / CONFIG) in str(refused.value)
 
 
 def test_a_folder_without_a_model_and_a_config_that_is_no_json_are_refused(folder, tmp_path):
