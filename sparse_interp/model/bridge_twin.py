@@ -399,6 +399,19 @@ class SparseBridge(TransformerBridge):
             cache.cache_dict, self, has_batch_dim=cache.has_batch_dim
         ) if return_cache_object else cache
 
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; its direct path patching, which sends what AbsTopK would have cut, gets a warning."""
+        names = [getattr(hook, "__qualname__", "") for _, hook in kwargs.get("fwd_hooks", ())]
+        cut = self.blocks[0].attn.o.original_component.cut is not None
+        if cut and any(name.startswith("_make_direct_path_hook.") for name in names):
+            warnings.warn(
+                "TransformerLens' get_act_patch_direct_path ignores that AbsTopK cuts what heads write, so its numbers "
+                "are wrong on this twin; sparse_interp.patch_direct_paths is exact on the model itself.",
+                WrongToolWarning,
+                stacklevel=2,
+            )
+        return super().run_with_hooks(*args, **kwargs)
+
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*batch d_model"]:
         """The direction that a token's logit reads of the normalised stream, final gain included, as in the model."""
         gain = getattr(self.ln_final.original_component, "weight", 1.0)

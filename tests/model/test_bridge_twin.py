@@ -1,12 +1,12 @@
 """A twin computes what its model computes, at every hook point, and lets nobody process its weights."""
 
 import re
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
-from transformer_lens.tools.analysis import JacobianLens
 
 from sparse_interp.errors import ConfigError, WrongToolWarning
 from sparse_interp.model import surface
@@ -84,6 +84,13 @@ def test_an_edit_at_any_hook_point_does_the_same_in_place_or_not(plain_model, pl
     assert reached == len(cache) - 2  # all but `hook_sink`, of each layer, which is read-only
 
 
+@pytest.mark.parametrize("name", ["blocks.1.ln1.hook_in", "blocks.1.ln2.hook_in"])
+def test_an_edit_of_what_a_norm_reads_leaves_the_stream_alone_in_place_too(plain_twin, tokens, name):
+    edits = (lambda x, hook: x + 1, lambda x, hook: x.add_(1))
+    one, other = (plain_twin.run_with_hooks(tokens, fwd_hooks=[(name, edit)]) for edit in edits)
+    assert torch.equal(one, other) and farthest(one, plain_twin(tokens)) > 1e-3
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids="+".join)
 def test_switches_change_nothing_and_what_they_show_is_the_same(plain_model, plain_twin, tokens, generator, flags):
     whole = plain_twin(tokens)
@@ -94,7 +101,7 @@ def test_switches_change_nothing_and_what_they_show_is_the_same(plain_model, pla
     assert farthest(logits, whole) < 1e-5
     shown = [name for name in expected if name.endswith(("result", "_input", "hook_attn_in", "hook_mlp_in"))]
     assert shown
-    for name in shown:
+    for name in (*shown, "blocks.1.attn.hook_in"):
         assert farthest(cache[name], expected[name]) < 1e-5, name
         noise = 0.3 * torch.randn(expected[name].shape, generator=generator)
         hook = (name, lambda x, hook, noise=noise: x + noise)
@@ -146,6 +153,8 @@ def test_a_run_stops_at_a_layer_and_starts_at_one_if_it_needs_no_tokens(make_mod
 
 
 def test_a_jacobian_lens_is_the_mean_jacobian_of_the_model(make_model, bundled):
+    from transformer_lens.tools.analysis import JacobianLens  # which 3.9 does not have
+
     model = make_model(d_vocab=2048, tokenizer=bundled.tokenizer)
     text = "return [x for x in y]"
     with torch.enable_grad():
@@ -199,6 +208,19 @@ def test_a_dense_model_is_taken_apart_by_its_twin(make_model, tokens):
     _, cache = model.to_transformer_bridge().run_with_cache(tokens)
     neurons = cache.stack_neuron_results(-1, incl_remainder=True)
     assert farthest(neurons.sum(0), cache["resid_post", 1]) < 1e-4
+
+
+def test_direct_path_patching_of_transformer_lens_comes_with_a_warning_where_something_is_cut(make_model, tokens):
+    from transformer_lens.patching import get_act_patch_direct_path  # which 3.9 does not have
+
+    for afrac in (0.4, None):
+        twin = make_model(afrac=afrac).to_transformer_bridge()
+        corrupt = tokens.flip(0)
+        caches = [twin.run_with_cache(prompts)[1] for prompts in (tokens, corrupt)]
+        with pytest.warns(WrongToolWarning, match="patch_direct_paths") if afrac else nullcontext():
+            get_act_patch_direct_path(
+                twin, corrupt, *caches, lambda logits: logits[:, -1, 3].mean(), 0, 0, verbose=False
+            )
 
 
 def test_logits_read_off_the_stream_come_with_a_warning_and_with_the_gain(make_model, tokens):
