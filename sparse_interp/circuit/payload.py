@@ -15,7 +15,6 @@ variants: channels as ints or as tensors, pairs in one list or in one per rank, 
 
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from sparse_interp.axes import Tokens
 from sparse_interp.errors import CircuitError
+from sparse_interp.model.tensor_files import plain_archive
 
 PAIRED_LOCS = {
     ("attn.act_in", "attn.q"),
@@ -156,10 +156,11 @@ def read_payload(path: Path | str) -> Payload:
     """The payload in a `viz_data.pt`.
 
     Raises:
-        CircuitError: if the file is missing, damaged, holds more than tensors and plain values, or is no payload.
+        CheckpointError: if the file is missing, damaged, or holds more than tensors and plain values.
+        CircuitError: if it is no payload.
     """
     reader = _Reader(str(path))
-    data = reader.mapping(read_archive(path), "the payload")
+    data = reader.mapping(plain_archive(Path(path)), "the payload")
     known = {"circuit_data", "samples", "importances", "all_loss", "num_total_nodes", "prune_config",
              "is_kiter_bug_fixed"}  # fmt: skip
     if "circuit_data" not in data:
@@ -209,10 +210,11 @@ def read_means(path: Path | str) -> Means:
     whether that is the whole file or one entry of it; what else is there is named in `notes`.
 
     Raises:
-        CircuitError: if the file is missing, damaged, holds more than tensors and plain values, or no such mapping.
+        CheckpointError: if the file is missing, damaged, or holds more than tensors and plain values.
+        CircuitError: if it holds no such mapping.
     """
     reader = _Reader(str(path))
-    data = reader.mapping(read_archive(path), "the file of means")
+    data = reader.mapping(plain_archive(Path(path)), "the file of means")
     tables = {name: table for name, table in [("", data), *data.items()] if isinstance(table, dict)}
     with_locs = {name: table for name, table in tables.items() if any(_is_loc(key) for key in table)}
     if len(with_locs) != 1:
@@ -232,26 +234,6 @@ def read_means(path: Path | str) -> Means:
         else:
             values[loc] = value.flatten()
     return Means(values, tuple(reader.notes))
-
-
-def read_archive(path: Path | str) -> Any:
-    """What `torch.save` put into `path`: tensors and plain values, every byte checked, nothing executed."""
-    path = Path(path)
-    if not path.is_file():
-        raise CircuitError(f"{path} is missing; name the file that was published, or fetch it first.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CircuitError(f"{path} is damaged: the checksum of {damaged} is wrong. Get the file again.")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CircuitError:
-        raise
-    except Exception as error:  # zipfile, zlib and torch raise a dozen kinds over bytes that are not what they were
-        said = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-        raise CircuitError(
-            f"{path} cannot be read as tensors and plain values ({type(error).__name__}: {said}). Get the file again."
-        ) from error
 
 
 def _is_loc(key: Any) -> bool:

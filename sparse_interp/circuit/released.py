@@ -33,7 +33,8 @@ from sparse_interp.circuit.pictures import PAIR_VALUE
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, holding_hooks
 from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits, answer_logits, stream_at
-from sparse_interp.model.sites import FINAL_RESID, Node, NodeValues, Place, check_nodes, flat, places, width
+from sparse_interp.model.released import HOOKS
+from sparse_interp.model.sites import FINAL_RESID, SITES, Node, NodeValues, Place, check_nodes, flat, places, width
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
@@ -43,9 +44,10 @@ from sparse_interp.viewer.page import CircuitPage, PageContext
 SIDES = 2
 """Prompts of a pair, whose losses the payload adds; here a loss is a mean over prompts."""
 
-LOCS = {"attn_read": "attn.act_in", "q": "attn.q", "k": "attn.k", "v": "attn.v", "attn_write": "attn.resid_delta",
-        "mlp_read": "mlp.act_in", "neuron": "mlp.post_act", "mlp_write": "mlp.resid_delta"}  # fmt: skip
-"""Our sites, and what the payload calls them behind the number of the layer."""
+_SITES_OF_HOOKS = {site.hook: site.name for site in SITES.values()}
+
+LOCS = {_SITES_OF_HOOKS[hook]: loc for loc, hook in HOOKS.items() if hook in _SITES_OF_HOOKS}
+"""Our sites within a layer, and the released hooks that the payload calls them by."""
 
 RELEASED_SITES = (*LOCS, FINAL_RESID.name)
 """Where a released circuit holds what it does not keep."""

@@ -267,9 +267,19 @@ def _sound_records(path: Path) -> dict[str, tuple[int, int]]:
     return records
 
 
-def _unpickled(path: Path, records: Mapping[str, tuple[int, int]]) -> TensorSource:
+def plain_archive(path: Path) -> Any:
+    """What the archive `path` holds besides a model: tensors, numbers and text, in whatever they lie.
+
+    Raises:
+        CheckpointError: if it is missing or damaged, or holds anything else. Nothing in it is run.
+    """
+    _sound_records(path)
+    return _loaded(path)
+
+
+def _loaded(path: Path) -> Any:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in a file that was made to confuse it
         if isinstance(error, pickle.UnpicklingError):
             asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -277,7 +287,12 @@ def _unpickled(path: Path, records: Mapping[str, tuple[int, int]]) -> TensorSour
             raise CheckpointError(
                 f"{path} holds something besides tensors{named}; it was not loaded, and nothing in it was run."
             ) from error
-        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}); {_DAMAGED}.") from error
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged ({said}); {_DAMAGED}.") from error
+
+
+def _unpickled(path: Path, records: Mapping[str, tuple[int, int]]) -> TensorSource:
+    found = _loaded(path)
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path} holds a {type(found).__name__}, and not tensors by name: it is no checkpoint.")
     for name, tensor in found.items():

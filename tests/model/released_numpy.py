@@ -37,15 +37,18 @@ DEFAULTS = {
 
 
 class Run:
-    """One forward pass: `logits`, what every hook of the released code saw, and the smallest gap that AbsTopK met."""
+    """One forward pass: `logits`, what every hook of the released code saw, and the smallest gap that AbsTopK met.
 
-    def __init__(self, config, weights, tokens, at_least=0):
+    `held` has, for some hooks, the channels that are held there and the values that they hold.
+    """
+
+    def __init__(self, config, weights, tokens, at_least=0, held=None):
         self.c = c = DEFAULTS | config
         if "n_mlp" in c:
             c["d_mlp"] = c.pop("n_mlp")
         c["d_head"] = c["d_head"] or c["d_model"] // c["n_head"]
         self.w = {name: np.asarray(w, np.float64) for name, w in weights.items()}
-        self.at_least, self.gap, self.hooks = at_least, math.inf, {}
+        self.at_least, self.gap, self.hooks, self.held = at_least, math.inf, {}, held or {}
         self.logits = self.forward(np.asarray(tokens))
 
     def cut(self, place, x):
@@ -63,6 +66,14 @@ class Run:
             if k and x[at][order[k - 1]]:
                 self.gap = min(self.gap, 1 - abs(x[at][order[k]]) / abs(x[at][order[k - 1]]))
         return out
+
+    def see(self, hook, x):
+        if hook in self.held:
+            channels, values = self.held[hook]
+            x = x.copy()
+            x[..., channels] = values
+        self.hooks[hook] = x
+        return x
 
     def norm(self, x, name):
         gain = self.w[f"{name}.weight"]
@@ -99,28 +110,28 @@ class Run:
         return self.cut(place, np.maximum(x, 0) if self.c["residual_activation_type"] == "relu" else x)
 
     def forward(self, tokens):
-        c, hooks = self.c, self.hooks
+        c, see = self.c, self.see
         act = GELU if c["activation_type"] == "gelu" else lambda x: np.maximum(x, 0)
         x = self.w["transformer.wte.weight"][tokens]
         pos = self.w["transformer.wpe.weight"][: tokens.shape[1]]
         x = x + pos if c["d_pos_emb"] is None else x
         for layer in range(c["n_layer"]):
             block = f"transformer.h.{layer}"
-            x = hooks[f"{layer}.resid_in"] = self.cut("resid_pre", x)  # sparse_pretrain only
-            a = hooks[f"{layer}.attn.act_in"] = self.read(x, pos, block, 1)
+            x = see(f"{layer}.resid_in", self.cut("resid_pre", x))  # sparse_pretrain only
+            a = see(f"{layer}.attn.act_in", self.read(x, pos, block, 1))
             q, k, v = np.split(self.linear(a, f"{block}.attn.c_attn"), 3, -1)
-            k, q, v = self.cut("attn_k", k), self.cut("attn_q", q), self.cut("attn_v", v)
-            hooks |= {f"{layer}.attn.k": k, f"{layer}.attn.q": q, f"{layer}.attn.v": v}
+            k = see(f"{layer}.attn.k", self.cut("attn_k", k))
+            q = see(f"{layer}.attn.q", self.cut("attn_q", q))
+            v = see(f"{layer}.attn.v", self.cut("attn_v", v))
             sinks = self.w[f"{block}.attn.attn_imp.sink_logit"] if c["sink"] else None
-            y = hooks[f"{layer}.attn.y"] = self.attend(q, k, v, sinks)
-            o = hooks[f"{layer}.attn.resid_delta"] = self.cut("attn_out", self.linear(y, f"{block}.attn.c_proj"))
-            x = hooks[f"{layer}.resid_mid"] = self.stream(x + o, "resid_post_attn")
-            m = hooks[f"{layer}.mlp.act_in"] = self.read(x, pos, block, 2)
-            h = self.cut("mlp_neuron", act(self.linear(m, f"{block}.mlp.c_fc")))
-            hooks[f"{layer}.mlp.post_act"] = h
-            o = hooks[f"{layer}.mlp.resid_delta"] = self.cut("mlp_out", self.linear(h, f"{block}.mlp.c_proj"))
+            y = see(f"{layer}.attn.y", self.attend(q, k, v, sinks))
+            o = see(f"{layer}.attn.resid_delta", self.cut("attn_out", self.linear(y, f"{block}.attn.c_proj")))
+            x = see(f"{layer}.resid_mid", self.stream(x + o, "resid_post_attn"))
+            m = see(f"{layer}.mlp.act_in", self.read(x, pos, block, 2))
+            h = see(f"{layer}.mlp.post_act", self.cut("mlp_neuron", act(self.linear(m, f"{block}.mlp.c_fc"))))
+            o = see(f"{layer}.mlp.resid_delta", self.cut("mlp_out", self.linear(h, f"{block}.mlp.c_proj")))
             x = self.stream(x + o, "resid_post_mlp")
-        hooks["final_resid"] = x
+        x = see("final_resid", x)
         head = "transformer.wte.weight" if c["tied_unembed"] else "lm_head.weight"
         logits = self.norm(x, "transformer.ln_f") @ self.w[head].T + self.w.get("final_logits_bias", 0.0)
         return logits + (self.w["bigram_table"][tokens] if c["enable_bigram_table"] else 0.0)
