@@ -45,10 +45,10 @@ figures: venv
 
 # The oldest TransformerLens that is supported, in an environment of its own: the same scripts as in the tests.
 tl39: .venv39/.installed
-	.venv39/bin/python tests/model/tl_script.py
+	.venv39/bin/python tests/model/tl_battery.py
 	.venv39/bin/python tests/model/dense_script.py
 
 .venv39/.installed:
 	$(PYTHON) -m venv --clear .venv39
-	.venv39/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformer-lens==3.9.0 numba safetensors
+	.venv39/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformer-lens==3.9.0 numba safetensors circuitsvis==1.43.3
 	@touch $@

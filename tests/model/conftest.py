@@ -1,6 +1,7 @@
 """Modules of this folder that tests load by path: the reference forward passes."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,22 @@ def tokenizer():
     from sparse_interp.tokenizer import load_tokenizer
 
     return load_tokenizer(data_folder() / "tokenizers" / "python_2k")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files(tokenizer):
+    """`tokenizer_files(folder, n_ids)`: the first pieces of the bundled tokenizer as `vocab.bpe` and `encoder.json`."""
+
+    def write(folder, n_ids=2048):
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in spec["merges"]][: n_ids - 258]
+        ids = {piece: i for piece, i in spec["vocab"].items() if len(piece) == 1}
+        printed = sorted(ids, key=lambda symbol: (ord(symbol) > 255, ord(symbol)))
+        pieces = [*printed, *(left + right for left, right in merges), "<|startoftext|>", "<|endoftext|>"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "encoder.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+        lines = ["# BPE Encoder", *(f"{left} {right}" for left, right in merges), ""]
+        (folder / "vocab.bpe").write_text("\n".join(lines), encoding="utf-8")
+        return folder
+
+    return write
