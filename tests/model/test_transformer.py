@@ -159,6 +159,17 @@ def test_editing_a_tensor_in_place_changes_only_what_comes_after(make_model, tok
                 assert torch.equal(cache[earlier], before[earlier]), f"editing {name} reached back to {earlier}"
 
 
+def test_inference_mode_computes_edits_and_caches_the_same(any_model, tokens):
+    """TransformerLens' setters edit in place where no gradient is recorded."""
+    halve = [("blocks.0.mlp.hook_post", lambda tensor, hook: tensor * 0.5)]
+    expected, logits = any_model.run_with_hooks(tokens, fwd_hooks=halve), any_model(tokens)
+    halve_in_place = [("blocks.0.mlp.hook_post", lambda tensor, hook: tensor.mul_(0.5))]
+    with torch.inference_mode():
+        assert torch.equal(any_model.run_with_hooks(tokens, fwd_hooks=halve_in_place), expected)
+        assert torch.equal(any_model.run_with_cache(tokens)[0], logits)
+    any_model(tokens, return_type="loss").backward()  # and leaves nothing behind that a gradient could not pass
+
+
 def test_an_edit_at_a_hook_point_acts_as_the_value_it_leaves(plain_model, tokens):
     """In place, or returned: the same run."""
     name = "blocks.0.mlp.hook_post"
