@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from sparse_interp.axes import Tokens
 from sparse_interp.errors import TaskError
 from sparse_interp.interventions.ablation import ablate, evaluating, mean_activations
-from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.config import AnyShape, ModelConfig
 from sparse_interp.model.sites import FINAL_READ, SITES, WIRES, Node, NodeValues, V, places, width
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task, TaskBatch, kl_divergence
@@ -138,7 +138,7 @@ def spread(truth: GroundTruth, n: int = 128, *, generator: torch.Generator) -> N
     return NodeValues(found, f"standard deviation over {blocks.numel()} tokens")
 
 
-def all_nodes(cfg: ModelConfig) -> list[Node]:
+def all_nodes(cfg: AnyShape) -> list[Node]:
     """Every node of a model, in the order of its forward pass."""
     return [Node(place.layer, place.site, c) for place in places(cfg) for c in range(width(cfg, place.site))]
 

@@ -1,7 +1,6 @@
 """What the tests of circuits share: circuits of random nodes, and the hand-built quote model with its answer key."""
 
-import importlib.util
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
@@ -78,14 +77,7 @@ def zero(make_model):
 # -- published files, written without the library ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def reference():
-    """Released models and circuits written once more in NumPy, `released_reference.py`."""
-    path = Path(__file__).parent / "released_reference.py"
-    spec = importlib.util.spec_from_file_location("released_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EIGHT = "attn_in,attn_out,mlp_in,mlp_out,mlp_neuron,attn_v,attn_k,attn_q"
 
 
 def as_tensors(value):
@@ -109,3 +101,54 @@ def written(tmp_path):
         return tmp_path / name
 
     return write
+
+
+STYLES = {
+    "as csp_yolo1": {},
+    "as csp_yolo2": {"afrac": 0.4, "afrac_loctypes": EIGHT, "sink": True, "d_pos_emb": 3},
+    "AbsTopK everywhere": {"afrac": 0.6, "afrac_loctypes": EIGHT + ",resid_post_attn,resid_post_mlp", "sink": True},
+    "layer norm": {"rms_norm": False, "tied_unembed": True, "bias": False, "residual_activation_type": "relu"},
+}
+"""What differs from two layers of eight channels, two heads of three and ten neurons."""
+
+
+@pytest.fixture(params=STYLES, ids=str)
+def published(request, written):
+    """A model, one of its circuits and the means, in files, with every number made by the reference."""
+    return published_files(written, STYLES[request.param])
+
+
+@pytest.fixture
+def published_yolo2(written):
+    """The same in the style of csp_yolo2: AbsTopK at eight sites, sink, concatenated positions."""
+    return published_files(written, STYLES["as csp_yolo2"])
+
+
+def published_files(written, changes):
+    from published_numpy import random_payload
+    from released_numpy import random_weights
+
+    config = {"block_size": 8, "vocab_size": 12, "n_layer": 2, "n_head": 2, "d_head": 3, "d_model": 8, "d_mlp": 10,
+              "rms_norm": True, "tied_unembed": False, "enable_bigram_table": True, **changes}  # fmt: skip
+    rng = np.random.default_rng(0)
+    weights = random_weights(config, rng)
+    payload, means = random_payload(rng, config, weights)
+    folder = written("final_model.pt", weights).parent
+    (folder / "beeg_config.json").write_text(json.dumps(config))
+    written("mean_baseline_pretrain.pt", means)
+    written("viz_data.pt", payload)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_truth(truth, dense_script):
+    """The quote model without sinks and with positions of zero, which a TransformerBridge can be too: ours, and one."""
+    from sparse_interp.model.transformer import HookedSparseTransformer
+
+    cfg = type(truth.model.cfg).from_dict(truth.model.cfg.to_dict() | {"sink": False, "positions": "add"})
+    ours = HookedSparseTransformer(cfg, truth.task.tokenizer).eval()
+    zeros = {"pos_embed.W_pos": torch.zeros(cfg.n_ctx, cfg.d_model)}
+    ours.load_state_dict({n: w for n, w in truth.model.state_dict().items() if not n.endswith("sink")} | zeros)
+    names = ("n_layers", "n_ctx", "d_model", "n_heads", "d_head", "d_mlp", "norm")
+    shape = dense_script.shape_of(cfg.d_vocab, act=cfg.act_fn, **{name: getattr(cfg, name) for name in names})
+    return ours, dense_script.bridge(shape, ours.state_dict(), truth.task.tokenizer)

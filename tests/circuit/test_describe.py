@@ -13,6 +13,7 @@ from sparse_interp.circuit.describe import describe, direct_effects, embedding_w
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, flat
 from sparse_interp.viewer.page import PageAudit, page_data, render_page
 
@@ -124,6 +125,45 @@ def test_direct_effects_equal_a_finite_difference_with_everything_else_frozen(ma
     for node, effect in zip(nodes, direct_effects(model, nodes, scale), strict=True):
         measured = (logits(node) - base(node))[0, 0]
         assert torch.allclose(measured, effect, atol=1e-4), node
+
+
+def test_a_v_node_of_grouped_queries_writes_through_every_head_that_carries_it(make_bridge, tokens):
+    bridge, _ = make_bridge(norm="none", n_kv=2)
+    node, tokens = Node(1, "v", 5), tokens[:, :1]
+    still = (Place(1, "mlp_write").hook, lambda x, hook: torch.zeros_like(x))
+
+    def raised(x, hook):
+        return x + torch.eye(8)[node.channel].view(2, 4)
+
+    with torch.no_grad():
+        logits = [
+            bridge.run_with_hooks(tokens, fwd_hooks=[still, *more]) for more in ([], [(Place(1, "v").hook, raised)])
+        ]
+    (effect,) = direct_effects(hooked(bridge), [node])
+    assert torch.allclose(logits[1][0, 0] - logits[0][0, 0], effect, atol=1e-4) and effect.abs().max() > 0.1
+
+
+def test_a_circuit_of_a_dense_model_is_described_and_drawn_as_that_of_ours(truth, dense_truth, generator):
+    batch, described = truth.task.batch(8, generator=generator), []
+    for model in dense_truth:
+        circuit = Circuit.of_nodes(model, truth.nodes, mean_activations(model, batch.clean))
+        known = describe(circuit, model, batch.clean, batch)
+        described.append((known, page(circuit, model, batch, known)))
+    (ours, our_page), (theirs, their_page) = described
+    assert their_page.edges == our_page.edges and their_page.tokens == our_page.tokens
+    assert theirs.effects.frame.token.equals(ours.effects.frame.token)
+    for table in ("statistics", "effects", "reads"):
+        mine, others = (getattr(known, table).frame.select_dtypes("number") for known in (ours, theirs))
+        assert (mine.fillna(-1) - others.fillna(-1)).abs().max().max() < 1e-5, table
+    render_page(their_page)
+
+
+def test_partners_of_grouped_queries_are_named(make_bridge, tokens):
+    bridge, _ = make_bridge(n_kv=2)
+    circuit = Circuit.of_nodes(bridge, [Node(0, "k", 5), Node(0, "q", 13)], mean_activations(bridge, tokens))
+    known = describe(circuit, bridge, tokens)
+    partners = {node.id: node.stats["score partner"] for node in module._full_nodes(circuit, known)}
+    assert partners == {"L0.q.13": "L0.k.5", "L0.k.5": "L0.q.9 (not in the circuit), L0.q.13"}
 
 
 def test_reads_queries_and_keys_write_nothing(plain_model):

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from sparse_interp.circuit.find import find_circuit
-from sparse_interp.errors import CircuitError
+from sparse_interp.errors import CheckpointError, CircuitError
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import mean_activations, zero_values
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.tokenizer import tokenizer_hash
 
 QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
+QUICKER = PruneConfig(n_train=60, n_selection=36, n_steps=60, batch_size=16)
 
 
 def searched(truth, seed=0, config=QUICK):
@@ -30,6 +31,26 @@ def test_a_hand_built_circuit_is_recovered_exactly(name):
     scores = circuit.scores.set_index("measure").value
     assert scores["KL(model || circuit)"] < 1e-3
     assert scores["task loss of circuit"] == pytest.approx(scores["task loss of model"], abs=1e-3)
+
+
+def test_the_circuit_of_a_hand_written_dense_model_is_recovered_in_a_bridge_as_in_ours(truth, dense_truth):
+    found = []
+    for model in dense_truth:
+        generator = torch.Generator().manual_seed(0)
+        means = mean_activations(model, truth.blocks(64, generator=generator))
+        kept = {"baseline": means, "generator": generator, "progress": False}
+        found.append(find_circuit(model, truth.task, QUICKER, **kept))
+    ours, theirs = found
+    assert theirs.node_set == ours.node_set == truth.nodes
+    assert theirs.edges.equals(ours.edges) and theirs.n_edges == len(truth.edges)
+    assert theirs.scores.value.tolist() == pytest.approx(ours.scores.value.tolist(), abs=1e-5)
+    assert theirs.nodes.importance_nats.tolist() == pytest.approx(ours.nodes.importance_nats.tolist(), abs=1e-5)
+
+
+def test_means_that_nobody_kept_are_asked_for(truth, dense_truth):
+    for model in dense_truth:
+        with pytest.raises(CheckpointError, match="make them with mean_activations"):
+            find_circuit(model, truth.task, QUICK, generator=torch.Generator())
 
 
 def test_the_same_generator_finds_the_same_circuit_and_leaves_the_model_as_it_was():

@@ -9,7 +9,8 @@ import torch
 from sparse_interp.circuit.describe import token_wires
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import holding_hooks, mean_activations
+from sparse_interp.interventions.ablation import holding_hooks, mean_activations, zero_values
+from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import NODE_SITES, Node, Place, flat
 
 
@@ -65,6 +66,101 @@ def test_edges_are_the_non_zero_weights_between_kept_nodes(make_model, some_node
     assert len(found) == len(circuit.edges), "an edge is listed twice"
     assert circuit.n_edges == sum(kind == "weight" for _, _, kind in expected)
     assert circuit.n_nodes == len(nodes) == len(circuit.nodes)
+
+
+def weights_by_brute_force(weights, nodes, n_heads, n_kv, d_head):
+    """Every non-zero entry between two of `nodes` of matrices in a HookedTransformer's layout, one entry at a time."""
+    kept, found = set(map(str, nodes)), {}
+    for name, matrix in weights.items():
+        parts = name.split(".")
+        if parts[0] != "blocks" or not parts[-1].startswith("W_"):
+            continue
+        layer, kind = parts[1], parts[-1]
+        for entry in matrix.nonzero().tolist():
+            head, row, column = entry if len(entry) == 3 else (0, *entry)
+            label = f"{parts[2]}.{kind}"
+            if kind == "W_O":
+                ends = (f"v.{head // (n_heads // n_kv) * d_head + row}", f"attn_write.{column}")
+                label += f"[{head}]" if n_kv < n_heads else ""
+            elif kind in ("W_Q", "W_K", "W_V"):
+                ends = (f"attn_read.{row}", f"{kind[-1].lower()}.{head * d_head + column}")
+            else:
+                ends = (
+                    (f"neuron.{row}", f"mlp_write.{column}")
+                    if kind == "W_out"
+                    else (f"mlp_read.{row}", f"neuron.{column}")
+                )
+            source, target = (f"L{layer}.{end}" for end in ends)
+            if {source, target} <= kept:
+                found[source, target, label] = float(matrix[tuple(entry)])
+    return found
+
+
+DENSE = {"plain": {}, "grouped": {"n_kv": 2}, "grouped and gated": {"n_kv": 2, "gated": True}}
+
+
+@pytest.fixture(params=DENSE, ids=str)
+def half_zero(request, dense_script):
+    """A bridge of which half the weights are zero, and those weights."""
+    shape = dense_script.shape_of(50, norm="rms", **DENSE[request.param])
+    drawn = dense_script.random_weights(shape)
+    generator = torch.Generator().manual_seed(3)
+    weights = {name: w * (torch.rand(w.shape, generator=generator) < 0.5) for name, w in drawn.items()}
+    return dense_script.bridge(shape, weights), weights, shape
+
+
+def test_edges_of_a_dense_model_are_its_non_zero_weights_between_kept_nodes(half_zero, dense_script):
+    bridge, weights, shape = half_zero
+    nodes = dense_script.some_nodes(hooked(bridge).cfg, 0.4)
+    circuit = Circuit.of_nodes(bridge, nodes, zero_values(bridge))
+    rows = circuit.edges[circuit.edges.kind == "weight"]
+    found = {(row.source, row.target, row.weight_name): row.weight for row in rows.itertuples()}
+    expected = weights_by_brute_force(weights, nodes, shape["n_heads"], shape["n_kv"] or 4, shape["d_head"])
+    assert found == expected and len(rows) == circuit.n_edges == len(expected)
+
+
+def test_attention_wires_of_grouped_queries_reach_the_writes_of_their_own_heads(half_zero, dense_script):
+    bridge, weights, shape = half_zero
+    nodes = dense_script.some_nodes(hooked(bridge).cfg, 0.4)
+    circuit = Circuit.of_nodes(bridge, nodes, zero_values(bridge))
+    steering = circuit.edges[circuit.edges.kind == "attention"]
+    group, d_head = shape["n_heads"] // (shape["n_kv"] or 4), shape["d_head"]
+    expected = set()
+    for a in nodes:
+        for b in nodes:
+            if a.site in "qk" and b.site == "attn_write" and a.layer == b.layer:
+                head = a.channel // d_head
+                heads = [head] if a.site == "q" else range(head * group, (head + 1) * group)
+                matrix = weights[f"blocks.{a.layer}.attn.W_O"]
+                values = [v for v in nodes if v[:2] == (a.layer, "v")]
+                if any(
+                    matrix[h, v.channel % d_head, b.channel]
+                    for h in heads
+                    for v in values
+                    if v.channel // d_head == h // group
+                ):
+                    expected.add((str(a), str(b)))
+    assert set(zip(steering.source, steering.target, strict=True)) == expected and expected
+
+
+def test_circuits_of_a_dense_model_combine_as_sets_of_nodes(half_zero, dense_script):
+    bridge, _, _ = half_zero
+    drawn = [set(dense_script.some_nodes(hooked(bridge).cfg, 0.5, seed)) for seed in (0, 1)]
+    a, b = (Circuit.of_nodes(bridge, nodes, zero_values(bridge)) for nodes in drawn)
+    for combined, nodes in ((a & b, drawn[0] & drawn[1]), (a - b, drawn[0] - drawn[1])):
+        columns = ["source", "target", "kind", "weight_name"]
+        anew = Circuit.of_nodes(bridge, nodes, zero_values(bridge)).edges[columns]
+        known = combined.edges[columns]
+        assert sorted(known.itertuples(index=False)) == sorted(anew.itertuples(index=False))
+
+
+def test_of_several_weights_between_two_nodes_the_graph_has_the_largest(half_zero, dense_script):
+    bridge, _, _ = half_zero
+    circuit = Circuit.of_nodes(bridge, dense_script.some_nodes(hooked(bridge).cfg, 0.4), zero_values(bridge))
+    weights = circuit.edges[circuit.edges.kind == "weight"]
+    largest = weights.assign(size=weights.weight.abs()).groupby(["source", "target"])["size"].max()
+    graph = circuit.to_networkx()
+    assert all(abs(graph.edges[ends]["weight"]) == size for ends, size in largest.items())
 
 
 def test_token_edges_are_embedding_and_unembedding_entries(plain_model, some_nodes):

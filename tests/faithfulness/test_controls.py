@@ -107,3 +107,23 @@ def test_a_negative_number_of_controls_is_refused(plain_model, circuit, generato
 def test_a_circuit_of_another_shape_is_refused(circuit, make_model, generator):
     with pytest.raises(CircuitError, match="another model"):
         random_circuits(make_model(d_mlp=24), circuit, 1, generator=generator)
+
+
+def test_random_circuits_of_grouped_queries_join_heads_as_the_circuit_does(make_bridge, generator):
+    """Four heads of queries and two of keys: q channel 4 h + c meets k channel 4 (h // 2) + c."""
+    bridge, _ = make_bridge(n_kv=2)
+    whole, lone = [Node(0, "k", 1), Node(0, "q", 1), Node(0, "q", 5)], [Node(0, "k", 2), Node(0, "q", 12)]
+    half = [Node(0, "k", 6), Node(0, "q", 14)]
+    circuit = Circuit.of_nodes(bridge, [*whole, *half, *lone], zero_values(bridge))
+
+    def joined(nodes):
+        """For every k channel: whether it is there, and which of the two q that meet it."""
+        states = Counter()
+        for key in range(8):
+            queries = [4 * head + key % 4 for head in (2 * (key // 4), 2 * (key // 4) + 1)]
+            states[Node(0, "k", key) in nodes, *(Node(0, "q", query) in nodes for query in queries)] += 1
+        return states
+
+    drawn = random_circuits(bridge, circuit, 8, generator=generator)
+    assert all(joined(control.node_set) == joined(circuit.node_set) for control in drawn)
+    assert len({control.node_set for control in drawn}) > 4
