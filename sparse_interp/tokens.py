@@ -38,8 +38,9 @@ from torch import Tensor
 from sparse_interp.circuit.describe import activations, token_text
 from sparse_interp.circuit.pictures import shown
 from sparse_interp.errors import ConfigError
-from sparse_interp.model.sites import Node, check_nodes
-from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.model.dense import AnyModel, DenseModel, HookedModel, hooked
+from sparse_interp.model.sites import PATTERN_HOOK, Node, check_nodes
+from sparse_interp.model.text import evaluating
 from sparse_interp.results import write_whole
 from sparse_interp.viewer.page import content_policy, embed_json, inline_html, shortened
 
@@ -81,13 +82,11 @@ class TokenView:
 # -- what can be viewed -----------------------------------------------------------------------------------------------
 
 
-def attention_view(
-    model: HookedSparseTransformer, prompt: Prompt, layer: int, heads: Sequence[int] | None = None
-) -> TokenView:
+def attention_view(model: AnyModel, prompt: Prompt, layer: int, heads: Sequence[int] | None = None) -> TokenView:
     """Which token attends to which in one layer, head by head; the sink is the last key, `<sink>`.
 
     Args:
-        model: the model to run.
+        model: the model to run; a dense TransformerLens model will do.
         prompt: a text, or its tokens [pos] or [1 pos].
         layer: the layer; negative counts from the end.
         heads: heads to show; None shows all.
@@ -95,6 +94,7 @@ def attention_view(
     Raises:
         ConfigError: for a layer or head that the model does not have, or if circuitsvis is not installed.
     """
+    model = hooked(model)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     heads = range(n_heads) if heads is None else heads
     if not -n_layers <= layer < n_layers or not heads or not all(0 <= head < n_heads for head in heads):
@@ -102,9 +102,10 @@ def attention_view(
             f"layer={layer}, heads={list(heads)}: the model has layers 0 to {n_layers - 1}, heads 0 to {n_heads - 1}."
         )
     layer, tokens = layer % n_layers, _tokens(model, prompt)
-    _, seen = model.run_with_cache(tokens, stop_at_layer=layer + 1)
-    pattern = seen.pattern_with_sink(layer)[0, list(heads)]
-    sink, causal = model.cfg.sink, model.cfg.attention_dir == "causal"
+    pattern = _pattern(model, tokens, layer)[list(heads)]
+    unseen = (1 - pattern.sum(-1, keepdim=True)).clamp(min=0)  # what the sink takes
+    sink = getattr(model.cfg, "sink", bool((unseen > 1e-3).any()))
+    pattern, causal = torch.cat([pattern, unseen], -1), model.cfg.attention_dir == "causal"
     labels = [shown(token_text(model)(t)) for t in tokens[0].tolist()] + [SINK] * sink
     props = {
         "tokens": labels,
@@ -118,11 +119,11 @@ def attention_view(
     return _view("AttentionHeads", props, f"Attention in layer {layer}", caption, height)
 
 
-def token_view(model: HookedSparseTransformer, prompt: Prompt, values: Node | Float[Tensor, " value"]) -> TokenView:
+def token_view(model: AnyModel, prompt: Prompt, values: Node | Float[Tensor, " value"]) -> TokenView:
     """The tokens of a prompt, each coloured by the activation of a node there, or by a number of your own.
 
     Args:
-        model: the model to run, and whose tokenizer says what the tokens are.
+        model: the model to run, and whose tokenizer says what the tokens are; a dense TransformerLens model will do.
         prompt: a text, or its tokens [pos] or [1 pos].
         values: a node, or one number per token of the prompt, bos token included (its loss, say).
 
@@ -130,6 +131,7 @@ def token_view(model: HookedSparseTransformer, prompt: Prompt, values: Node | Fl
         CircuitError: for a node that the model does not have.
         ConfigError: if there are more or fewer numbers than tokens, or circuitsvis is not installed.
     """
+    model = hooked(model)
     tokens = _tokens(model, prompt)
     if isinstance(values, Tensor):
         title, numbers = "Tokens and their values", values.detach().float().cpu()
@@ -149,11 +151,11 @@ def token_view(model: HookedSparseTransformer, prompt: Prompt, values: Node | Fl
     return _view("ColoredTokens", props, title, caption, 130 + _text_height([tokens[0]]))
 
 
-def activation_view(model: HookedSparseTransformer, prompts: Prompts, nodes: Sequence[Node]) -> TokenView:
+def activation_view(model: AnyModel, prompts: Prompts, nodes: Sequence[Node]) -> TokenView:
     """Several prompts, coloured by the activation of whichever of `nodes` is chosen in the view.
 
     Args:
-        model: the model to run.
+        model: the model to run; a dense TransformerLens model will do.
         prompts: texts, or tokens [batch pos].
         nodes: nodes to choose from, of any layers and sites.
 
@@ -161,6 +163,7 @@ def activation_view(model: HookedSparseTransformer, prompts: Prompts, nodes: Seq
         CircuitError: for a node that the model does not have.
         ConfigError: if there is no node or no prompt, or circuitsvis is not installed.
     """
+    model = hooked(model)
     tokens, values = _measured(model, prompts, nodes)
     largest = _largest(torch.cat(values))
     scale = torch.tensor([-largest, 0, largest])[:, None].expand(-1, len(nodes))
@@ -175,13 +178,11 @@ def activation_view(model: HookedSparseTransformer, prompts: Prompts, nodes: Seq
     return _view("TextNeuronActivations", props, "Activations on text", caption, 310 + _text_height(tokens[:4], box=45))
 
 
-def top_token_view(
-    model: HookedSparseTransformer, prompts: Prompts, nodes: Sequence[Node], *, k: int = 10
-) -> TokenView:
+def top_token_view(model: AnyModel, prompts: Prompts, nodes: Sequence[Node], *, k: int = 10) -> TokenView:
     """The tokens at which each node is highest and lowest, over all prompts and in each of them.
 
     Args:
-        model: the model to run.
+        model: the model to run; a dense TransformerLens model will do.
         prompts: texts, or tokens [batch pos].
         nodes: one column each.
         k: tokens listed at either end.
@@ -192,6 +193,7 @@ def top_token_view(
     """
     if k < 1:
         raise ConfigError(f"k={k}; a list of top tokens has at least one.")
+    model = hooked(model)
     tokens, values = _measured(model, prompts, nodes)
     largest = torch.cat(values).abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny)
     samples = [(torch.cat(tokens), torch.cat(values)), *zip(tokens, values, strict=True)]
@@ -220,7 +222,7 @@ def _square(rows: list[list[float]], *, sink: bool, causal: bool) -> list[list[f
 
 
 def _ends(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     ids: Int[Tensor, " pos"],
     numbers: Float[Tensor, "pos node"],
     largest: Float[Tensor, " node"],
@@ -238,29 +240,37 @@ def _ends(
     return {"tokens": cells} | sample
 
 
-def _tokens(model: HookedSparseTransformer, prompt: Prompt) -> Int[Tensor, "1 pos"]:
-    tokens, _ = model.input_to_tokens(prompt)
+def _tokens(model: HookedModel, prompt: Prompt) -> Int[Tensor, "1 pos"]:
+    if isinstance(model, DenseModel):
+        tokens = model.tl.to_tokens(prompt) if isinstance(prompt, str) else torch.atleast_2d(prompt)
+    else:
+        tokens, _ = model.input_to_tokens(prompt)
     if len(tokens) != 1:
-        raise ConfigError(f"this view shows one prompt; got {len(tokens)}.")
+        raise ConfigError(f"one prompt is a text, or tokens [pos] or [1 pos]; got tokens {list(tokens.shape)}.")
     return tokens
 
 
+def _pattern(model: HookedModel, tokens: Int[Tensor, "1 pos"], layer: int) -> Float[Tensor, "head query key"]:
+    seen: list[Tensor] = []
+    note = (PATTERN_HOOK.format(layer=layer), lambda pattern, hook: seen.append(pattern))
+    with torch.no_grad(), evaluating(model), model.hooks(fwd_hooks=[note]):
+        model(tokens, return_type=None)
+    return seen[0][0].float().cpu()
+
+
 def _measured(
-    model: HookedSparseTransformer, prompts: Prompts, nodes: Sequence[Node]
+    model: HookedModel, prompts: Prompts, nodes: Sequence[Node]
 ) -> tuple[list[Int[Tensor, " pos"]], list[Float[Tensor, "pos node"]]]:
-    """The tokens of each prompt, and what `nodes` are there."""
+    """The tokens of each prompt, and what `nodes` are there. Prompts differ in length, so each is a run of its own."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not nodes or len(prompts) == 0:
         raise ConfigError(f"a view needs at least one prompt and one node; got {len(prompts)} and {len(nodes)}.")
     check_nodes(nodes, model.cfg)
-    tokens, mask = model.input_to_tokens([prompts] if isinstance(prompts, str) else prompts, padding_side="right")
-    lengths = [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(1).tolist()
-    values = torch.cat(list(activations(model, nodes, tokens, mask)))
-    rows = zip(tokens.cpu(), values, lengths, strict=True)
-    cut = [(ids[:length], numbers[:length]) for ids, numbers, length in rows]
-    return [ids for ids, _ in cut], [numbers for _, numbers in cut]
+    rows = [_tokens(model, prompt) for prompt in prompts]
+    return [row[0].cpu() for row in rows], [next(activations(model, nodes, row))[0] for row in rows]
 
 
-def _chips(model: HookedSparseTransformer, tokens: Int[Tensor, " pos"]) -> list[str]:
+def _chips(model: HookedModel, tokens: Int[Tensor, " pos"]) -> list[str]:
     """Texts of tokens with nothing invisible in them; a line that ends is broken too, so code keeps its shape."""
     pieces = [token_text(model)(token) for token in tokens.tolist()]
     return [_harmless(shown(piece)) + "\n" * ("\n" in piece) for piece in pieces]

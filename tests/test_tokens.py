@@ -120,6 +120,26 @@ def test_a_model_without_a_sink_shows_none_and_one_that_looks_both_ways_hides_no
     assert all(value is not None for row in rows[:-1] for value in row)
 
 
+def test_a_dense_transformer_lens_model_is_shown_too(tokens):
+    model = dense_model()
+    _, cache = model.run_with_cache(tokens[:1])
+    (rows,) = properties(attention_view(model, tokens[0], 1, heads=[1]))["attention"]
+    assert len(rows) == tokens.shape[1], "it has no sink"
+    for query, row in enumerate(rows):
+        assert row[: query + 1] == pytest.approx(cache["pattern", 1][0, 1, query, : query + 1].tolist(), abs=1e-4)
+    props = properties(token_view(model, tokens[0], Node(0, "neuron", 3)))
+    assert props["values"] == pytest.approx(cache["post", 0][0, :, 3].tolist(), abs=1e-4)
+
+
+def dense_model() -> Any:
+    """The smallest model that the installed TransformerLens builds without a network."""
+    import transformer_lens as tl
+    from transformer_lens.config import TransformerBridgeConfig
+
+    shape = {"n_layers": 2, "d_model": 12, "n_heads": 3, "d_head": 4, "d_mlp": 20, "d_vocab": 50, "n_ctx": 16}
+    return tl.TransformerBridge.boot_native(TransformerBridgeConfig(**shape, act_fn="gelu", seed=0)).eval()
+
+
 def test_a_token_is_coloured_by_what_the_node_is_there(plain_model, tokens):
     node = Node(1, "neuron", 7)
     props = properties(token_view(plain_model, tokens[0], node))
@@ -267,7 +287,7 @@ def test_a_view_draws_itself_in_the_cell_of_a_notebook(browser, plain_model, tok
     [
         (lambda model, ids: attention_view(model, ids[0], 2), ConfigError, "layer=2, heads=[0, 1, 2]: the model has"),
         (lambda model, ids: attention_view(model, ids[0], 0, heads=[3]), ConfigError, "heads=[3]: the model has"),
-        (lambda model, ids: token_view(model, ids[0], torch.zeros(3)), ConfigError, "3 values for 7 tokens"),
+        (lambda model, ids: token_view(model, ids[:1], torch.zeros(3)), ConfigError, "3 values for 7 tokens"),
         (lambda model, ids: token_view(model, ids[0], Node(0, "neuron", 20)), CircuitError, "channels 0 to 19, not 20"),
         (lambda model, ids: activation_view(model, ids, []), ConfigError, "at least one prompt and one node; got 3"),
         (lambda model, ids: activation_view(model, [], [Node(0, "q", 0)]), ConfigError, "got 0 and 1"),
