@@ -2,7 +2,7 @@
 
 The names are those of Gao et al. 2025 (arXiv:2511.13653), table 1. The prompts behind that table are not published; the
 ones here are our own, and so is, where a name leaves it open, the choice of the two answers. It is made so that
-the prompt decides between them: `tests/tasks/test_library.py` has Python itself agree for every task.
+the prompt decides between them: `tests/tasks/test_python_code.py` has Python itself agree for every task.
 
     task                         prompt                             answer      edited to               foil
 

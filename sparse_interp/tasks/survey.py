@@ -21,7 +21,7 @@ from sparse_interp.errors import TaskError, TokenizerError
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Axes, Table, bars_with_intervals, bootstrap_interval
-from sparse_interp.tasks.library import load_task, task_names
+from sparse_interp.tasks.library import load_task, task_names, template_file
 from sparse_interp.tasks.pairs import SPLITS
 from sparse_interp.tasks.task import (
     Metric,
@@ -44,8 +44,9 @@ class TaskScores(Table):
     """One row per task and split; a `_low` and a `_high` column beside each measure, chance is 0.5 and ln 2 nats.
 
     `argmax_frac` is the share of prompts whose answer has the largest logit of all, `whole_frac` the share whose answer
-    and foil are single tokens (the others are told apart by the first token in which they differ), `n_templates` how
-    many forms the prompts have. `note` says why a task could not be measured.
+    and foil are single tokens (the others are told apart by the first token in which they differ), `bigram_frac` the
+    share whose last token already differs from the twin's, so that a bigram table can tell them apart, `n_templates`
+    how many forms the prompts have. `note` says why a task could not be measured.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -54,17 +55,18 @@ class TaskScores(Table):
         "n_prompts",
         "n_templates",
         "whole_frac",
+        "bigram_frac",
         *(f"{measure}{end}" for measure in MEASURES for end in ("", "_low", "_high")),
         "argmax_frac",
         "note",
     )
 
     def __str__(self) -> str:
-        shown = self.frame[["task", "split", "n_prompts", "n_templates"]].copy()
+        shown = self.frame[["task", "split", "n_prompts", "n_templates", "whole_frac", "bigram_frac"]].round(2)
         for measure in MEASURES:
             bounds = self.frame[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
             shown[measure] = ["" if pd.isna(row[0]) else "{:.3g} [{:.3g}, {:.3g}]".format(*row) for row in bounds]
-        return shown.assign(note=self.frame.note).to_string(index=False)
+        return shown.assign(note=self.frame.note).to_string(index=False, na_rep="")
 
     def solved(self, accuracy: float = 0.9, split: str = "test") -> list[str]:
         """The tasks of which the model gets at least this share right on `split`."""
@@ -101,6 +103,9 @@ def score_tasks(
     if getattr(model, "tokenizer", None) is None:
         raise TokenizerError("This model has no tokenizer, and prompts cannot be written without one; give it its own.")
     chosen = task_names() if tasks is None else list(tasks)
+    for entry in chosen:
+        if isinstance(entry, str):
+            template_file(entry)  # an unknown name is refused before any work
     rows = []
     with tqdm(total=len(chosen), disable=not progress, desc="tasks", unit="task") as bar:
         for entry in chosen:
@@ -114,8 +119,6 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """One task's rows; what cannot be measured has a row with the reason."""
     name = entry if isinstance(entry, str) else entry.name
-    if isinstance(entry, str) and entry not in task_names():
-        load_task(entry, model.tokenizer)  # refuses the name
     try:
         task = load_task(entry, model.tokenizer) if isinstance(entry, str) else entry
     except TaskError as error:
@@ -150,6 +153,7 @@ def _row(model: Any, task: Task, split: str, n_prompts: int, generator: torch.Ge
         "n_prompts": len(templates),
         "n_templates": len(set(templates)),
         "whole_frac": sum(pair.is_whole for pair in rows) / len(rows),
+        "bigram_frac": sum(pair.clean[-1] != pair.corrupt[-1] for pair in rows) / len(rows),
         "argmax_frac": torch.cat([is_argmax(*both) for both in zip(logits, sides, strict=True)]).mean().item(),
         "note": "",
     }

@@ -17,7 +17,7 @@ Pairs come from a source: a template file (`tasks/templates.py`), pairs that som
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -277,7 +277,7 @@ class Task:
         *,
         name: str = "pairs",
         n_ctx: int | None = None,
-        long_answers: Literal["refuse", "first_difference"] = "refuse",
+        long_answers: str = "refuse",
     ) -> "Task":
         """A task of your own prompts: columns clean, corrupt, answer, foil, and optionally template and split.
 

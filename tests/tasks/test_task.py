@@ -1,17 +1,12 @@
 """Tasks: what their pairs promise, under the shipped tokenizer and under another one; what the metrics measure."""
 
 import ast
-import json
 import math
-import random
 import string
-import sysconfig
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sparse_interp.data_files import data_folder
@@ -27,11 +22,8 @@ from sparse_interp.tasks import (
     kl_to,
     load_task,
     logit_difference,
-    task_names,
 )
-from sparse_interp.tasks.pairs import encode
-from sparse_interp.tasks.templates import TemplateFile, words_of
-from sparse_interp.tokenizer import load_tokenizer
+from sparse_interp.tasks.templates import TemplateFile
 
 QUOTES = {'"', "'"}
 QUOTE_FILE = data_folder() / "tasks" / "single_double_quote.json"
@@ -39,28 +31,6 @@ QUOTE_FILE = data_folder() / "tasks" / "single_double_quote.json"
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def shipped_tokenizer() -> PreTrainedTokenizerBase:
-    return load_tokenizer(data_folder() / "tokenizers" / "python_2k")
-
-
-@pytest.fixture(scope="module")
-def other_tokenizer() -> PreTrainedTokenizerFast:
-    """600 byte-level pieces, split otherwise than the shipped ones; its pad, bos and eos are three tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library = Path(sysconfig.get_path("stdlib"))
-    bpe.train([str(library / name) for name in ("argparse.py", "inspect.py", "tarfile.py", "json/decoder.py")], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="module", params=["shipped", "other"])
@@ -155,19 +125,6 @@ def test_closed_strings_of_either_kind_came_before_the_open_one_in_shifted(quote
 def test_a_thousand_distinct_pairs_are_there_in_every_split(shipped_quotes, split):
     pairs = shipped_quotes.pairs(1200, split, generator=seeded())
     assert len({frozenset((pair.clean, pair.corrupt)) for pair in pairs}) == 1200
-
-
-def test_no_filler_word_serves_two_splits():
-    fillers = json.loads(QUOTE_FILE.read_text())["fillers"]
-    words = {
-        split: {word for kind in kinds.values() for text in kind for word in words_of(text)}
-        for split, kinds in fillers.items()
-    }
-    assert set(words) == {"train", "test", "shifted"}
-    assert all(len(words[split]) > 60 for split in words)
-    assert not words["train"] & words["test"]
-    assert not words["train"] & words["shifted"]
-    assert not words["test"] & words["shifted"]
 
 
 def test_shifted_prompts_come_from_other_templates_and_are_longer(quotes):
@@ -433,90 +390,11 @@ def test_no_prompt_is_longer_than_the_longest_that_is_announced(quotes, split):
     assert 0.8 * longest <= drawn <= longest
 
 
-def test_an_unknown_task_is_refused_with_the_nearest_names(shipped_tokenizer):
-    assert "single_double_quote" in task_names()
-    with pytest.raises(TaskError, match="'singel_doubel_qoute'; did you mean 'single_double_quote'"):
-        load_task("singel_doubel_qoute", shipped_tokenizer)
-    with pytest.raises(TaskError, match="Known tasks: .*single_double_quote"):
-        load_task("zzz", shipped_tokenizer)
-
-
 def test_an_unknown_split_and_a_silly_number_are_refused(shipped_quotes):
     with pytest.raises(TaskError, match="no split 'valid'; expected one of train, test, shifted"):
         shipped_quotes.batch(4, "valid", generator=seeded())
     with pytest.raises(TaskError, match="Asked for 0 pairs"):
         shipped_quotes.batch(0, generator=seeded())
-
-
-def small_file(folder: Path, **changes) -> TemplateFile:
-    spec = {
-        "description": "d",
-        "max_changed_tokens": 1,
-        "sides": [{"quote": '"'}, {"quote": "'"}],
-        "marks": {},
-        "fillers": {"train": {"key": ["name", "path"]}, "test": {"key": ["mode"]}},
-        "templates": [{"splits": ["train", "test"], "text": "x = $quote$key", "answers": ["$quote"], "rest": "\n"}],
-    }
-    path = folder / "small.json"
-    path.write_text(json.dumps({**spec, **changes}))
-    return TemplateFile.read(path)
-
-
-def test_a_word_in_two_splits_is_refused_even_inside_a_longer_filler(tmp_path):
-    with pytest.raises(TaskError, match="'name' is a filler of both 'train' and 'test'"):
-        small_file(tmp_path, fillers={"train": {"key": ["name"]}, "test": {"key": ["file_name"]}})
-
-
-def test_a_slot_that_nothing_fills_and_a_file_without_templates_are_refused(tmp_path):
-    form = {"splits": ["train"], "text": "$word = $quote$key", "answers": ["$quote"], "rest": ""}
-    with pytest.raises(TaskError, match=r"template 0 has slots \['word'\]"):
-        small_file(tmp_path, templates=[form])
-    (tmp_path / "empty.json").write_text("{}")
-    with pytest.raises(TaskError, match="empty.json is not a template file"):
-        TemplateFile.read(tmp_path / "empty.json")
-
-
-def test_more_pairs_than_a_template_file_can_make_are_refused(tmp_path, shipped_tokenizer):
-    task = Task("small", shipped_tokenizer, small_file(tmp_path))
-    assert len(task.pairs(2, "train", generator=seeded())) == 2
-    with pytest.raises(TaskError, match="gave 2 pairs of split 'train' and not the 3 asked for"):
-        task.pairs(3, "train", generator=seeded())
-
-
-def test_two_slots_of_a_prompt_never_hold_the_same_word(tmp_path, shipped_tokenizer):
-    form = {"splits": ["train"], "text": "$key1 = $quote$key2", "answers": ["$quote"], "rest": "\n"}
-    task = Task("small", shipped_tokenizer, small_file(tmp_path, templates=[form]))
-    prompts = {pair.clean.replace("'", '"') for pair in task.pairs(2, generator=seeded())}
-    assert prompts == {'name = "path', 'path = "name'}
-    with pytest.raises(TaskError, match="gave 2 pairs"):
-        task.pairs(3, generator=seeded())
-
-
-def test_templates_that_no_pair_of_equal_length_comes_from_are_refused_when_the_task_is_made(
-    tmp_path, shipped_tokenizer
-):
-    sides = [{"quote": '"'}, {"quote": '["a", "'}]
-    with pytest.raises(TaskError, match="(?s)refused, the last because: clean .* expected equal lengths"):
-        Task("small", shipped_tokenizer, small_file(tmp_path, sides=sides))
-
-
-def test_pairs_that_a_tokenizer_spoils_are_passed_over(tmp_path, shipped_tokenizer):
-    forms = [
-        {"splits": ["train"], "text": f"x = {edit}$quote$key", "answers": ["$quote"], "rest": "\n"}
-        for edit in ("", "$long")
-    ]
-    sides = [{"quote": '"', "long": ""}, {"quote": "'", "long": "f(a) + "}]
-    task = Task("small", shipped_tokenizer, small_file(tmp_path, sides=sides, templates=forms))
-    batch = task.batch(2, generator=seeded())
-    assert batch.template.tolist() == [0, 0]
-
-
-def test_the_first_form_of_answer_that_is_one_token_on_both_sides_is_taken(tmp_path, shipped_tokenizer):
-    form = {"splits": ["train"], "text": "x = f($quote$key", "rest": "\n"}
-    for forms, taken in ((["$quote zz", "$quote)\n", "$quote"], ")\n"), (["$quote zz", "$quote"], "")):
-        source = small_file(tmp_path, templates=[{**form, "answers": forms}])
-        pair = Task("small", shipped_tokenizer, source).pairs(1, generator=seeded())[0]
-        assert pair.answer[1:] == pair.foil[1:] == taken
 
 
 def test_a_task_is_known_by_the_hash_of_its_templates(tmp_path, shipped_quotes, shipped_tokenizer):
@@ -533,10 +411,3 @@ def test_a_tokenizer_without_special_tokens_is_refused(other_tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=other_tokenizer.backend_tokenizer)
     with pytest.raises(TaskError, match="neither bos, eos nor pad"):
         load_task("single_double_quote", bare)
-
-
-def test_a_candidate_that_differs_in_more_tokens_than_allowed_is_refused(shipped_quotes):
-    candidate = next(shipped_quotes.source.candidates("train", random.Random(0)))
-    two_edits = candidate._replace(corrupt="1\n" + candidate.corrupt, clean="2\n" + candidate.clean)
-    with pytest.raises(TaskError, match="differ in 2 tokens, not 1"):
-        encode(two_edits, shipped_quotes.tokenizer, max_changed=1)
