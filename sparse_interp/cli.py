@@ -15,9 +15,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +46,7 @@ from sparse_interp.interventions.ablation import mean_activations
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import MEANS, bundled_tokenizer, weights_sha256
+from sparse_interp.model.load_report import LoadReport
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
@@ -107,10 +108,32 @@ def _every_command(
 
 
 @app.command()
-def models(as_json: AsJson = False) -> None:
-    """List the bundled models: shape, non-zero parameters, loss on held-out text."""
-    table = zoo.models()
-    print(table.frame.to_json(orient="records", indent=1) if as_json else table)
+def models(
+    inspect: Annotated[
+        str | None,
+        Option(metavar="NAME_OR_PATH", help="Load this model, fetched if need be, and say what its files held."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models that can be loaded by name, bundled and published; or with --inspect look into one of them.
+
+    Of the listed ones: where they are, their shape, non-zero parameters and loss on held-out text, as far as known. Of
+    the one: what was read, taken for granted, ignored and folded, and how many entries of each tensor are not zero.
+    """
+    table = zoo.models() if inspect is None else load(inspect).load_report
+    assert table is not None
+    if not as_json:
+        print(table)
+        return
+    rows = json.loads(table.frame.to_json(orient="records"))
+    print(json.dumps(rows if inspect is None else _remarks_of(table) | {"tensors": rows}, indent=1))
+
+
+def _remarks_of(report: LoadReport) -> dict[str, Any]:
+    """What a load report says besides its rows."""
+    said = {field.name: getattr(report, field.name) for field in fields(report) if field.name != "frame"}
+    counts = {"n_entries": report.n_entries, "n_nonzero": report.n_nonzero}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in said.items()} | counts
 
 
 @app.command()

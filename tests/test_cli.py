@@ -65,7 +65,7 @@ def command(capsys):
 
 def test_help_lists_the_commands_and_their_first_lines(command):
     code, out, _ = command("--help")
-    assert code == 0 and "List the bundled models" in out and "Train the model of a RECIPE" in out
+    assert code == 0 and "List the models that can be loaded by name" in out and "Train the model of a RECIPE" in out
     code, out, _ = command("train", "--help")
     assert code == 0 and "--resume" in out and "stdlib-small" in out
 
@@ -74,6 +74,33 @@ def test_models_prints_a_table_or_json(command):
     code, out, _ = command("models", "--json")
     assert code == 0 and [row["name"] for row in json.loads(out)] == list(zoo.models().frame["name"])
     assert command("models")[0] == 0
+
+
+def test_inspecting_a_model_says_what_its_files_held(command, whole_model):
+    code, out, _ = command("models", "--inspect", whole_model)
+    assert code == 0 and "a model in the form of sparse_interp" in out and "blocks.0.mlp.W_in" in out
+    code, out, _ = command("models", "--inspect", whole_model, "--json")
+    said = json.loads(out)
+    report = load(whole_model).load_report
+    assert code == 0 and (said["form"], said["read"]) == ("sparse_interp", dict(report.read))
+    assert said["n_nonzero"] == report.n_nonzero == sum(row["n_nonzero"] for row in said["tensors"])
+    assert [row["tensor"] for row in said["tensors"]] == list(report.frame["tensor"])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("stdlib-smal", 2, "no model is called 'stdlib-smal'; the nearest are stdlib-small"),
+        ("./nowhere", 2, "nowhere is no folder; name a model, or a folder that holds one."),
+        ("openai/csp_yolo3", 2, "the nearest are openai/csp_yolo2"),
+        ("openai/csp_yolo2", 1, "SPARSE_INTERP_OFFLINE forbids fetching it. Unset that, or copy these files"),
+        ("someone/model", 1, "hf download someone/model --local-dir FOLDER"),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused_in_one_message(command, monkeypatch, name, code, words):
+    monkeypatch.setenv("SPARSE_INTERP_OFFLINE", "1")
+    got, out, err = command("models", "--inspect", name)
+    assert (got, out) == (code, "") and words in err and err.startswith("sparse-interp: ")
 
 
 def test_train_leaves_a_model_that_loads_and_says_so(command, sources, tmp_path):

@@ -40,6 +40,7 @@ from sparse_interp.model.checkpoint import (
     read_config,
     weights_sha256,
 )
+from sparse_interp.model.released import released_form
 from sparse_interp.model.releases import (
     ALIASES,
     BASE,
@@ -61,13 +62,16 @@ from sparse_interp.results import Table
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """`owner/name`."""
 
+OURS = "sparse_interp"
+"""The form of what `model.save` writes."""
+
 
 @dataclass(frozen=True, eq=False)
 class ModelTable(Table):
     """One row per model: what it is, where it is, and for one of ours its loss on held-out text.
 
-    `form` says how it is stored: `ours`, `openai` (beeg_config.json and final_model.pt) or `hugging face`; `cached`,
-    whether all its files are on this machine.
+    `form` says how it is stored, in the words of its load report: `sparse_interp`, or a form of model/released.py;
+    `cached`, whether all its files are on this machine.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -96,7 +100,7 @@ def models() -> ModelTable:
     rows = [_row(folder) for _, folder in sorted(_bundled().items())]
     rows += [_released_row(release, store) for release in SINGLE]
     sweep = [_released_row(release, store) for release in RELEASES.values() if release not in SINGLE]
-    family = {"name": SWEEP.format("<width>", "<n>", "<share>"), "form": "openai", "where": _host(store.base)}
+    family = {"name": SWEEP.format("<width>", "<n>", "<share>"), "form": "circuit_sparsity", "where": _host(store.base)}
     rows += [family | {"cached": False, "kind": "sparse", "n_layers": sweep[0]["n_layers"]}]
     rows += [row for row in sweep if row["cached"]]
     rows += [_repository_row(name, store) for name in dict.fromkeys([HUB_NAME, *store.repositories()])]
@@ -178,6 +182,8 @@ def tokenizer_folder(name: str = "tinypython_2k", *, progress: bool = True) -> P
     Raises:
         DownloadError: if it cannot be fetched; in the offline mode, with what to do.
     """
+    if not _REPOSITORY.fullmatch(f"any/{name}" if "/" not in name else name):
+        raise DownloadError(f"{name!r} is no name of a tokenizer that could be fetched; it may be a repository's.")
     if name == "tinypython_2k":
         return _store().files(name, TOKENIZER, progress)[0].parent
     return _store().repository(name, "tokenizers", tokenizer_files, progress)
@@ -258,7 +264,7 @@ def _row(folder: Path) -> dict[str, Any]:
     validation, parameters = card.get("validation", {}), card.get("parameters", {})
     return {
         "name": folder.name,
-        "form": "ours",
+        "form": OURS,
         "where": "bundled",
         "cached": True,
         "n_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
@@ -277,7 +283,7 @@ def _released_row(release: Release, store: Store) -> dict[str, Any]:
     sizes = [file.size for file in release.files]
     return {
         "name": release.name,
-        "form": "openai",
+        "form": "circuit_sparsity",
         "where": _host(store.base),
         "cached": not store.lacking(release.files),
         "n_bytes": float("nan") if None in sizes else sum(filter(None, sizes)),
@@ -288,10 +294,11 @@ def _released_row(release: Release, store: Store) -> dict[str, Any]:
 
 
 def _repository_row(name: str, store: Store) -> dict[str, Any]:
-    twin = _released_row(RELEASES[HUB_TWIN], store) if name == HUB_NAME else {}
-    shape = {key: twin[key] for key in ("kind", "n_layers", "d_model") if key in twin}
-    where = _host(store.hub or HUB)
-    return {"name": name, "form": "hugging face", "where": where, "cached": name in store.repositories()} | shape
+    row = {"name": name, "where": _host(store.hub or HUB), "cached": name in store.repositories()}
+    if name == HUB_NAME:
+        twin = RELEASES[HUB_TWIN]
+        return row | {"form": "circuitgpt", "kind": twin.kind, "n_layers": twin.n_layers, "d_model": twin.d_model}
+    return row | {"form": released_form(store.cache / "hub" / name) or OURS}
 
 
 def _host(url: str) -> str:

@@ -65,7 +65,7 @@ def test_a_folder_or_file_without_a_model_is_refused(bundle, tmp_path):
 
 def test_the_table_of_models_says_what_their_cards_say(bundle):
     frame = zoo.models().frame.set_index("name")
-    assert list(frame[frame.form == "ours"].index) == ["first-sparse", "second"] == list(frame.index[:2])
+    assert list(frame[frame.form == "sparse_interp"].index) == ["first-sparse", "second"] == list(frame.index[:2])
     assert (frame.loc["second", ["where", "cached"]] == ["bundled", True]).all() and frame.loc["second", "n_bytes"] > 0
     assert frame.loc["first-sparse", ["kind", "density", "n_nonzero", "n_tokens"]].tolist() == ["sparse", 0.5, 7, 99]
     assert frame.loc["first-sparse", "validation_loss_nats"] == 3.2
@@ -88,14 +88,14 @@ def test_validation_blocks_are_those_kept_beside_the_model(bundle):
 
 def test_without_bundled_models_the_published_ones_are_left(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "data_folder", lambda: tmp_path)
-    assert "ours" not in set(zoo.models().frame.form)
+    assert "bundled" not in set(zoo.models().frame["where"])
     with pytest.raises(ConfigError, match="the nearest are openai/circuit-sparsity"):
         zoo.model_folder("anything")
 
 
 def bundled_models():
     frame = zoo.models().frame
-    return frame[frame.form == "ours"]
+    return frame[frame["where"] == "bundled"]
 
 
 def test_every_bundled_model_has_its_card():
@@ -236,6 +236,9 @@ def test_the_tokenizer_of_a_repository_comes_without_its_weights(mirror, tmp_pat
     folder = zoo.tokenizer_folder("someone/stories", progress=False)
     assert folder == tmp_path / "cache" / "tokenizers" / "someone" / "stories"
     assert [file.name for file in folder.iterdir()] == ["tokenizer.json"]
+    for name in ("../../someone", "a/b/c", "", "a b"):
+        with pytest.raises(DownloadError, match="is no name of a tokenizer"):
+            zoo.tokenizer_folder(name)
 
 
 def test_a_name_that_is_neither_folder_nor_repository_is_said_to_be_neither(mirror):
@@ -248,12 +251,12 @@ def test_the_table_lists_what_is_published_without_asking_for_it(mirror):
     assert set(RELEASES) - set(frame.index) == {name for name in RELEASES if "sweep" in name}
     assert frame.loc["openai/csp_yolo2", "n_bytes"] == 1_676_532_054 + 823
     yolo1 = frame.loc["openai/csp_yolo1", ["form", "kind", "n_layers", "cached"]].tolist()
-    assert yolo1 == ["openai", "sparse", 12, False]
+    assert yolo1 == ["circuit_sparsity", "sparse", 12, False]
     assert frame.loc["openai/csp_yolo2", "where"] == mirror.url.removeprefix("http://")
-    assert frame.loc["openai/circuit-sparsity", "form"] == "hugging face"
+    assert frame.loc["openai/circuit-sparsity", "form"] == "circuitgpt"
     assert pd.isna(frame.loc["openai/dense1_1x", "n_bytes"])
     assert list(frame.index).count("openai/csp_sweep1_<width>x_<n>Mnonzero_afrac<share>") == 1
-    assert not frame[frame.form != "ours"].cached.any() and mirror.requests == []
+    assert not frame[frame["where"] != "bundled"].cached.any() and mirror.requests == []
 
 
 def test_the_table_says_what_is_cached(mirror):
@@ -262,7 +265,35 @@ def test_the_table_says_what_is_cached(mirror):
     for name in ("openai/dense1_1x", SWEPT, "someone/model"):
         zoo.model_folder(name, progress=False)
     frame = zoo.models().frame
-    assert set(frame[frame.cached & (frame.form != "ours")].name) == {"openai/dense1_1x", SWEPT, "someone/model"}
+    assert set(frame[frame.cached & (frame["where"] != "bundled")].name) == {"openai/dense1_1x", SWEPT, "someone/model"}
+
+
+def test_a_published_model_is_loaded_by_name_and_offline_once_more(mirror, make_model, tokens, tmp_path, monkeypatch):
+    from sparse_interp.model.publishing import publish_model
+
+    model = make_model(bigram_learnable=True, tokenizer_name="tinypython_2k")
+    folder = publish_model(model, tmp_path / "published")
+    release(mirror, SWEPT, *((folder / name).read_bytes() for name in ("beeg_config.json", "final_model.pt")))
+    for path in ("/s/tinypython/vocab.bpe", "/s/tinypython/encoder.json"):
+        del mirror.files[path]
+    loaded = load(SWEPT, fold_ln_final=False, progress=False)
+    assert loaded.cfg.model_name == SWEPT and torch.equal(loaded(tokens), model(tokens))
+    assert "could not be fetched" in loaded.load_report.assumed["tokenizer"]
+    monkeypatch.setenv("SPARSE_INTERP_OFFLINE", "1")
+    n_requests = len(mirror.requests)
+    assert torch.equal(load(SWEPT, fold_ln_final=False)(tokens), model(tokens)) and len(mirror.requests) == n_requests
+
+
+@needs_synthetic
+def test_a_model_of_the_synthetic_store_is_loaded_by_name_with_its_tokenizer(mirror, monkeypatch):
+    folder = SYNTHETIC / "models" / "csp_yolo2"
+    release(mirror, SWEPT, *((folder / name).read_bytes() for name in ("beeg_config.json", "final_model.pt")))
+    mirror.files |= {f"/s/tinypython/{file.name}": file.read_bytes() for file in (SYNTHETIC / "tinypython").iterdir()}
+    loaded, local = load(SWEPT, progress=False), load(folder)
+    assert len(loaded.tokenizer) == 2048 and loaded.tokenizer.get_vocab() == local.tokenizer.get_vocab()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), local.parameters(), strict=True))
+    monkeypatch.setenv("SPARSE_INTERP_OFFLINE", "1")
+    assert len(load(SWEPT).tokenizer) == 2048
 
 
 # -- published circuits ------------------------------------------------------------------------------------------------
