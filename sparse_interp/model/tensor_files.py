@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -262,6 +263,12 @@ def _sound_records(path: Path) -> dict[str, tuple[int, int]]:
     records = {info.filename: (info.file_size, info.CRC) for info in infos}
     if wrong is not None:
         raise CheckpointError(f"{path} is damaged: the CRC of its record {wrong} is wrong; {_DAMAGED}.")
+    if (
+        not infos
+        or min(info.header_offset for info in infos)
+        or not any(name.endswith("/data.pkl") for name in records)
+    ):
+        raise CheckpointError(f"{path} is damaged: its directory does not list what torch.save writes; {_DAMAGED}.")
     if len(records) != len(infos) or sum(size for size, _ in records.values()) > path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: its directory lists a record twice; {_DAMAGED}.")
     return records
@@ -279,7 +286,9 @@ def plain_archive(path: Path) -> Any:
 
 def _loaded(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that torch would rather not meet; it reads or refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler meets in a file that was made to confuse it
         if isinstance(error, pickle.UnpicklingError):
             asked = re.search(r"GLOBAL (\S+)", str(error))
