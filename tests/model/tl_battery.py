@@ -22,6 +22,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -147,15 +148,19 @@ class Call:
     """Whether the tool is part of the installed version."""
     refused: Refusal | None
     """Why it fails on any model of ours, if it does."""
+    group: str
+    """Kind of tool."""
 
 
 CALLS: dict[str, Call] = {}
+group = ""
+"""Kind of the tools that follow."""
 
 
 def call(name, *, exists=True, refused=None):
     def register(run):
         assert name not in CALLS, name
-        CALLS[name] = Call(name, run, exists, refused)
+        CALLS[name] = Call(name, run, exists, refused, group)
         return run
 
     return register
@@ -176,6 +181,8 @@ def stream(cache, layer):
 
 
 # -- running, hooks, parts of the model -------------------------------------------------------------------------------
+
+group = "running, hooks, weights, text"
 
 
 @call("run_with_cache")
@@ -303,6 +310,8 @@ def _(case):
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
+
+group = "cache and decompositions"
 
 
 @call("cache.stack_activation")
@@ -432,6 +441,8 @@ def _(case):
 
 
 # -- activation patching ----------------------------------------------------------------------------------------------
+
+group = "activation and path patching"
 
 at_pos = lambda layer, pos: (slice(None), pos)
 at_head = lambda layer, head: (slice(None), slice(None), head)
@@ -580,6 +591,8 @@ def _(case):
 
 # -- attribution and faithfulness -------------------------------------------------------------------------------------
 
+group = "attribution, faithfulness"
+
 
 @call("attribution_patch, nodes")
 def _(case):
@@ -663,6 +676,8 @@ def _(case):
 
 # -- lenses -----------------------------------------------------------------------------------------------------------
 
+group = "lenses"
+
 
 @call("logit_lens of a prompt", exists=NEW)
 def _(case):
@@ -706,7 +721,22 @@ def _(case):
     JacobianLens.fit(case.model, ["def f(x):"], corpus="none", show_progress=False)
 
 
+@call("JacobianLens.fit on model.to_transformer_bridge()", exists=NEW)
+def _(case):
+    """The mean over positions of what the end of the stream does when the middle moves, wherever it moves."""
+    tokens = case.streamed.to_tokens("def f(x):")
+    lens = JacobianLens.fit(
+        case.streamed.to_transformer_bridge(), ["def f(x):"], corpus="none", skip_first_positions=1, show_progress=False
+    )
+    end = lambda stream: case.streamed(stream[None], start_at_layer=1, stop_at_layer=2, tokens=tokens)[0]
+    jacobian = torch.autograd.functional.jacobian(end, case.streamed(tokens, stop_at_layer=1)[0])
+    valid = slice(1, tokens.shape[1] - 1)
+    return far(lens.jacobians[0], jacobian[valid, :, valid].sum(0).mean(1))
+
+
 # -- interchange ------------------------------------------------------------------------------------------------------
+
+group = "interchange, DAS"
 
 ENDS = torch.tensor([3, 1])
 
@@ -815,6 +845,8 @@ def _(case):
 
 # -- probes, affinities, vectors --------------------------------------------------------------------------------------
 
+group = "probes, affinities, singular vectors"
+
 
 def probed(case):
     """Activations of neurons, and labels that the second-most variable of them decides."""
@@ -879,6 +911,8 @@ def _(case):
 
 
 # -- evaluations, heads, training -------------------------------------------------------------------------------------
+
+group = "evaluations, head detection, training"
 
 
 @call("evals.sanity_check")
@@ -971,6 +1005,8 @@ def _(case):
 
 
 # -- circuitsvis ------------------------------------------------------------------------------------------------------
+
+group = "circuitsvis"
 
 SEEING = find_spec("circuitsvis") is not None
 
@@ -1283,8 +1319,18 @@ def _():
 # -- running them all -------------------------------------------------------------------------------------------------
 
 
-def outcome(one: Call, case: Case) -> tuple[bool, str]:
-    """Whether the call did what it should (which may be a refusal), and what is to be said of it."""
+class Outcome(NamedTuple):
+    """What came of a call."""
+
+    good: bool
+    """Whether it did what it should, which may be a refusal."""
+    said: str
+    """What is to be said of it."""
+    error: float = 0.0
+    """Largest difference from the number that is known otherwise."""
+
+
+def outcome(one: Call, case: Case) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", WrongToolWarning)
@@ -1292,32 +1338,31 @@ def outcome(one: Call, case: Case) -> tuple[bool, str]:
             error = one.run(case)
         except Exception as caught:
             if one.refused and isinstance(caught, one.refused.error) and re.search(one.refused.message, str(caught)):
-                return True, "refused"
-            return False, f"{type(caught).__name__}: {caught}".splitlines()[0][:100]
+                return Outcome(True, "refused")
+            return Outcome(False, f"{type(caught).__name__}: {caught}".splitlines()[0][:100])
     if one.refused:
-        return False, "runs, and was expected to be refused"
-    if error is None:
-        return True, "ok"
-    return error <= BOUND, f"{error:.0e}"
+        return Outcome(False, "runs, and was expected to be refused")
+    return Outcome(True, "ok") if error is None else Outcome(error <= BOUND, f"{error:.0e}", error)
 
 
 def battery(said: list[str]) -> bool:
-    """Run every call on both configurations, note down what came of it, and return whether all is as it should be."""
+    """Run every call on both configurations, note down what came of it; whether all is as it should be."""
     calls = [one for one in CALLS.values() if one.exists]
-    cases = [Case(name) for name in CONFIGURATIONS]
-    passed, fine = dict.fromkeys(CONFIGURATIONS, 0), True
+    cases = {name: Case(name) for name in CONFIGURATIONS}
+    found = {name: {one: outcome(one, case) for one in calls} for name, case in cases.items()}
     said.append(f"  {'call':<86} {'dense':>8} {'sparse':>8}")
-    for one in calls:
-        found = [outcome(one, case) for case in cases]
-        for case, (good, _) in zip(cases, found, strict=True):
-            passed[case.name] += good and one.refused is None
-            fine &= good
-        said.append(f"  {one.name:<86} {found[0][1]:>8} {found[1][1]:>8}")
-    for name, n in passed.items():
-        said.append(f"{name}: {n} of {len(calls)} calls pass")
+    said += [f"  {one.name:<86} {found['dense'][one].said:>8} {found['sparse'][one].said:>8}" for one in calls]
+    said.append(f"  {'kind of tool, largest error':<76} {'calls':>9} {'dense':>8} {'sparse':>8}")
+    for kind in dict.fromkeys(one.group for one in calls):
+        these = [one for one in calls if one.group == kind]
+        dense, sparse = (max(outcomes[one].error for one in these) for outcomes in found.values())
+        said.append(f"  {kind:<76} {len(these):>9} {dense:>8.0e} {sparse:>8.0e}")
+    for name, outcomes in found.items():
+        passed = sum(came.good and one.refused is None for one, came in outcomes.items())
+        said.append(f"{name}: {passed} of {len(calls)} calls pass")
     said += [f"  expected: {one.name}: {one.refused.reason}" for one in calls if one.refused]
-    missing = [one.name for one in CALLS.values() if not one.exists]
-    return fine if not missing else bool(said.append(f"  not in this version: {len(missing)} calls") or fine)
+    said.append(f"  not in this version or not installed: {len(CALLS) - len(calls)} calls")
+    return all(came.good for outcomes in found.values() for came in outcomes.values())
 
 
 def silently_wrong(said: list[str]) -> bool:
