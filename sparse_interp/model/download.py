@@ -163,7 +163,8 @@ class _Partial:
             said = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        if not isinstance(said, dict) or said.keys() != {"url", "etag", "total"} or self.n_bytes == 0:
+        whole_note = isinstance(said, dict) and said.keys() == {"url", "etag", "total"}
+        if not whole_note or not isinstance(said["etag"], str | None) or self.n_bytes == 0:
             return {}
         return said if sha256 is not None or (said["url"] == url and said["etag"] is not None) else {}
 
@@ -311,9 +312,10 @@ def _attempt(
             raise _Passing("the file on the server is another one than what had come, which is discarded")
         if answer.status == HTTPStatus.OK:
             start = 0
-            partial.begin(answer.note)
         whole = answer.total or size
         _refuse_full_disk(partial, (whole or 0) - start)
+        if start == 0:
+            partial.begin(answer.note)
         bar.total, bar.n = whole, start
         bar.refresh()
         with partial.file.open("ab") as file:
@@ -357,9 +359,7 @@ class _Answer:
 
     def __enter__(self) -> "_Answer":
         try:
-            self.response = self.requests.get(
-                self.url, headers=self.headers, stream=True, timeout=(CONNECT_S, READ_S), allow_redirects=True
-            )
+            self.response = self.requests.get(self.url, headers=self.headers, stream=True, timeout=(CONNECT_S, READ_S))
         except self.failures as error:
             self._raise(error)
         self.status = self.response.status_code
