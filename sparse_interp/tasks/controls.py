@@ -71,7 +71,7 @@ def shuffled(task: Task, seed: int = 0) -> Task:
     return _changed(task, "shuffled", change, task.source.max_changed, seed)
 
 
-def nonsense(task: Task, remarks: tuple[str, str] = ("# old\n", "# new\n")) -> Task:
+def nonsense(task: Task, remarks: tuple[str, str] = ("# 1\n", "# 2\n")) -> Task:
     """Prompts of the task after one of two `remarks`, which alone decides the answer.
 
     The two prompts of a pair are one and the same prompt of the task, after either remark; its right answer and its

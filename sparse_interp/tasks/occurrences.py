@@ -30,6 +30,8 @@ POOL_PER_PAIR = 4
 """Places per answer among which the pairs are looked for, for each pair that is asked for."""
 
 Edit = Callable[[str], str | None]
+Position = tuple[int, tuple[int, ...], int]
+"""(document, context, which answer)."""
 
 
 class Place(NamedTuple):
@@ -74,14 +76,23 @@ def occurrence_pairs(
             twins = _by_edit(places, edit)
         pairs = _usable(twins, tokenizer, answers, n_pairs, max_changed, rng)
         if not pairs:
-            counts = [sum(place.which == which for place in places) for which in (0, 1)]
-            raise TaskError(
-                f"No pairs for split {split!r}: of its {len(part)} documents, {counts[0]} places go on with "
-                f"{answers[0]!r} and {counts[1]} with {answers[1]!r} after {n_tokens} tokens; give more text, a larger "
-                "max_changed, or fewer tokens."
-            )
+            raise TaskError(_none_found(split, len(part), answers, n_tokens, at, places))
         found[split] = pairs
     return found
+
+
+def _none_found(
+    split: str, n_documents: int, answers: tuple[str, str], n_tokens: int, at: list[Position], places: list[Place]
+) -> str:
+    counts = [
+        f"{sum(p[2] == which for p in at)} with {answer!r}, {sum(p.which == which for p in places)} of them usable"
+        for which, answer in enumerate(answers)
+    ]
+    return (
+        f"No pairs for split {split!r}: in its {n_documents} documents there are places that go on {' and '.join(counts)}"
+        f" (their {n_tokens} tokens read back as the same tokens, and stand nowhere else in the text). Give more text, a "
+        "larger max_changed, or another n_tokens."
+    )
 
 
 def _answer_id(answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -101,8 +112,8 @@ def _positions(
     tokenizer: PreTrainedTokenizerBase,
     answer_ids: Sequence[int],
     n_tokens: int,
-) -> Iterator[tuple[int, tuple[int, ...], int]]:
-    """(document, context, which answer) for every place of a document."""
+) -> Iterator[Position]:
+    """Every place of a document."""
     ids = token_ids(document.text, tokenizer)
     for which, answer in enumerate(answer_ids):
         for at in np.flatnonzero(np.asarray(ids) == answer).tolist():
@@ -111,7 +122,7 @@ def _positions(
 
 
 def _pool(
-    positions: list[tuple[int, tuple[int, ...], int]],
+    positions: list[Position],
     tokenizer: PreTrainedTokenizerBase,
     answers: tuple[str, str],
     answer_ids: Sequence[int],
