@@ -79,6 +79,27 @@ def test_a_folded_gain_moves_nothing(make_model, tokens):
     assert a.frame.logits.to_list() == pytest.approx(b.frame.logits.to_list(), abs=1e-5)
 
 
+@pytest.mark.parametrize("fold_ln_final", [False, True])
+def test_the_bundled_model_comes_apart_exactly_however_it_was_loaded(fold_ln_final):
+    """By our table with its bigram row, and by TransformerLens' rows plus what they leave out, which they announce."""
+    from sparse_interp.model.transformer import HookedSparseTransformer
+
+    model = HookedSparseTransformer.from_pretrained("stdlib-small", fold_ln_final=fold_ln_final)
+    assert torch.equal(model.ln_final.w, torch.ones_like(model.ln_final.w)) == fold_ln_final
+    tokens = model.to_tokens(["def f(self, x):", "import numpy as"])[:, :4]
+    logits, cache = model.run_with_cache(tokens)
+    answer, foil = model.to_single_token(" x"), model.to_single_token(")")
+    expected = (logits[:, -1, answer] - logits[:, -1, foil]).detach()
+    table = direct_logit_attribution(model, tokens, answer, foil, parts="heads")
+    close(table.totals, expected)
+    rows = cache.stack_head_results(-1, incl_remainder=True)
+    with pytest.warns(WrongToolWarning):
+        theirs = cache.logit_attrs(rows, answer, foil).sum(0)[:, -1]
+    left_out = component(table, "bigram") + component(table, "b_U")
+    close(theirs + left_out, expected)
+    assert left_out.abs().max() > 0.1
+
+
 def test_edits_made_by_hooks_are_attributed_as_they_ran(plain_model, tokens):
     half = lambda added, hook: added / 2
     with plain_model.hooks(fwd_hooks=[("hook_bigram", half), ("blocks.1.hook_mlp_out", half)]):
