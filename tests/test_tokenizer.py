@@ -2,19 +2,26 @@
 
 import inspect
 import json
+import math
 import random
+import sysconfig
 import textwrap
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import torch
 from transformer_lens.utilities import get_tokenizer_with_bos
 
 from sparse_interp.corpus import Document
 from sparse_interp.errors import TokenizerError
 from sparse_interp.tokenizer import (
+    _BYTE_OF_SYMBOL,
     END_OF_TEXT,
+    PIECE_PATTERN,
     BlockSampler,
     bigram_counts,
     bigram_loss,
@@ -258,3 +265,165 @@ def test_the_bundled_tokenizer_has_2048_ids_and_single_pieces_for_closing_quotes
     assert len(bundled) == 2048
     for answer in ("'", '"', "')", '")'):
         assert len(bundled.encode(answer, add_special_tokens=False)) == 1
+
+
+# -- tokenizers that others published ---------------------------------------------------------------------------------
+
+AWKWARD = [
+    "",
+    "def f(x):\n\treturn x  # ]]\n",
+    "a" * 37 + " " * 41 + "\n" * 5 + "-" * 23 + "==" * 9,
+    "if x:\r\n\r    y//=3.14159\n",
+    "é☃\U0001f600 ǅ \u00a0\u2028\x85\x1c\u200b\ufeff 漢字 ٣²½",
+    "<|startoftext|><|endoftext|>",
+    "class A:\n    def __init__(self, *args, **kwargs):\n        super().__init__()\n" * 3,
+]
+"""Runs of one character, line ends, white space and digits of many kinds, and the two special names as text."""
+
+
+@pytest.fixture(scope="module")
+def scrambled(tmp_path_factory):
+    """`vocab.bpe` and `encoder.json` of random merges, in which a piece can often be made in several ways."""
+    rng, symbols = random.Random(0), list(_BYTE_OF_SYMBOL)
+    pieces, merges = list(symbols), []
+    while len(merges) < 600:
+        pair = (
+            rng.choice(["e", "t", "a", "Ġ", "=", "-", *pieces[256:]]),
+            rng.choice(["e", "t", "Ġ", "=", "-", *pieces[256:]]),
+        )
+        if "".join(pair) not in pieces and len("".join(pair)) < 9:
+            merges.append(pair)
+            pieces.append("".join(pair))
+    folder = tmp_path_factory.mktemp("scrambled")
+    (folder / "vocab.bpe").write_text("\n".join(["# header", *map(" ".join, merges), ""]), encoding="utf-8")
+    ids = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", END_OF_TEXT])}
+    (folder / "encoder.json").write_text(json.dumps(ids))
+    return folder
+
+
+def by_the_rules(folder, text):
+    """tiktoken's algorithm: of all neighbours whose union is a piece, join the pair whose union has the lowest id."""
+    ids = json.loads((folder / "encoder.json").read_text())
+    symbol = {byte: s for s, byte in _BYTE_OF_SYMBOL.items()}
+    found = []
+    for word in regex.findall(PIECE_PATTERN, text):
+        parts = [symbol[byte] for byte in word.encode()]
+        if "".join(parts) in ids:
+            parts = ["".join(parts)]
+        while True:
+            joined = [(ids.get(a + b, math.inf), i) for i, (a, b) in enumerate(pairwise(parts))]
+            lowest, i = min(joined, default=(math.inf, 0))
+            if lowest == math.inf:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        found += [ids[part] for part in parts]
+    return found
+
+
+def test_two_files_give_the_ids_that_tiktokens_rules_give(scrambled):
+    tokenizer, rng = load_tokenizer(scrambled), random.Random(1)
+    texts = [
+        *AWKWARD,
+        *("".join(rng.choices("eetta  ==--\n(x", k=rng.randint(1, 60))) for _ in range(400)),
+        TEXTS[2][:4000],
+        *(tokenizer.decode([i]) for i in range(256, 856)),  # words that are pieces
+    ]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ids == by_the_rules(scrambled, text), text
+        assert tokenizer.decode(ids) == text
+
+
+def test_two_files_give_the_ids_that_tiktoken_gives(scrambled):
+    load = pytest.importorskip("tiktoken.load")
+    ranks = load.data_gym_to_mergeable_bpe_ranks(str(scrambled / "vocab.bpe"), str(scrambled / "encoder.json"))
+    special = {END_OF_TEXT: len(ranks) + 1}
+    theirs = pytest.importorskip("tiktoken").Encoding(
+        "t", pat_str=PIECE_PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    ours = load_tokenizer(scrambled)
+    for text in [*AWKWARD, *TEXTS]:
+        assert ours.encode(text, add_special_tokens=False, split_special_tokens=True) == theirs.encode_ordinary(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, allowed_special="all")
+
+
+def test_the_special_marker_is_one_id_unless_it_is_asked_to_be_text(scrambled):
+    tokenizer = load_tokenizer(scrambled)
+    assert tokenizer.encode(f"e{END_OF_TEXT}", add_special_tokens=False)[-1] == tokenizer.eos_token_id == 857
+    as_text = tokenizer.encode(END_OF_TEXT, add_special_tokens=False, split_special_tokens=True)
+    assert 857 not in as_text and tokenizer.decode(as_text) == END_OF_TEXT
+    stream = encode_documents(tokenizer, [Document("a", END_OF_TEXT)]).tolist()
+    assert stream == [*as_text, 857]
+
+
+def test_the_id_without_bytes_has_a_name_and_comes_from_no_text(scrambled):
+    tokenizer = load_tokenizer(scrambled)
+    assert tokenizer.decode([856]) == "<|startoftext|>" and pieces(tokenizer, [856]) == ["<|startoftext|>"]
+    assert 856 not in tokenizer.encode("<|startoftext|>", add_special_tokens=False)
+    assert len(tokenizer) == 858 and sorted(tokenizer.get_vocab().values()) == list(range(858))
+
+
+def test_padding_is_never_an_exclamation_mark(scrambled, tmp_path):
+    assert load_tokenizer(scrambled).pad_token_id == 857
+    save_tokenizer(load_tokenizer(scrambled), tmp_path / "hub")
+    settings = {"tokenizer_class": "GPT2TokenizerFast", "eos_token": END_OF_TEXT, "pad_token": "!", "bos_token": None}
+    (tmp_path / "hub" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path / "hub")
+    assert (tokenizer.pad_token, tokenizer.bos_token) == (END_OF_TEXT, END_OF_TEXT)
+    batch = tokenizer(["e", "e e e e e"], padding=True)["input_ids"]
+    assert 0 not in batch[0] and batch[0][-1] == 857
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"auto_map": {"AutoTokenizer": ["evil.T", None]}}], ids=str)
+def test_a_tokenizer_json_of_the_hub_is_the_same_tokenizer_and_runs_nothing(scrambled, tmp_path, settings):
+    ours = load_tokenizer(scrambled)
+    (tmp_path / "tokenizer.json").write_text(ours.backend_tokenizer.to_str())
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = load_tokenizer(tmp_path)
+    assert tokenizer_hash(found) == tokenizer_hash(ours) and found.is_fast
+    assert {found.bos_token, found.eos_token, found.pad_token} == {END_OF_TEXT}
+    assert [found.encode(text) for text in AWKWARD] == [ours.encode(text) for text in AWKWARD]
+    with_bos = (
+        get_tokenizer_with_bos(load_tokenizer(tmp_path))
+        if settings != {"auto_map": {"AutoTokenizer": ["evil.T", None]}}
+        else None
+    )
+    assert with_bos is None or with_bos.encode("e")[0] == 857
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("vocab.bpe", lambda text: text.replace("\n", "\nq q\n", 1), "do not belong together"),
+        ("vocab.bpe", lambda text: text[: len(text) // 2], "do not belong together"),
+        ("encoder.json", lambda text: text.replace('"!": 0', '"!": 1'), "do not belong together"),
+        ("encoder.json", lambda text: text[:100], "cannot be read"),
+        ("encoder.json", lambda text: "[1]", "do not belong together"),
+        ("vocab.bpe", lambda text: text.encode("latin-1", "replace").decode("latin-1") + "\ud800", "cannot be read"),
+    ],
+)
+def test_two_files_that_do_not_fit_are_refused(scrambled, tmp_path, file, change, words):
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / name).write_bytes((scrambled / name).read_bytes())
+    changed = change((tmp_path / file).read_text(encoding="utf-8"))
+    (tmp_path / file).write_bytes(changed.encode("utf-8", "surrogatepass"))
+    with pytest.raises(TokenizerError, match=words):
+        load_tokenizer(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(TokenizerError, match="holds no tokenizer|cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_thousand_real_python_files_come_back_exactly(scrambled):
+    tokenizer, texts = load_tokenizer(scrambled), []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        with suppress(UnicodeDecodeError):
+            if path.stat().st_size < 6000:
+                texts.append(path.read_bytes().decode())
+        if len(texts) == 1000:
+            break
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    decoded = tokenizer.backend_tokenizer.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
+    assert len(texts) == 1000 and decoded == texts
