@@ -283,9 +283,10 @@ AWKWARD = [
 
 @pytest.fixture(scope="module")
 def scrambled(tmp_path_factory):
-    """`vocab.bpe` and `encoder.json` of random merges, in which a piece can often be made in several ways."""
-    rng, symbols = random.Random(0), list(_BYTE_OF_SYMBOL)
-    pieces, merges = list(symbols), []
+    """`vocab.bpe` and `encoder.json` of random merges: pieces that can be made in several ways, and one in none."""
+    rng = random.Random(0)
+    merges = [("a", "b"), ("x", "a"), ("b", "y"), ("xa", "by")]  # no merging leads to xaby: ab comes first
+    pieces = [*_BYTE_OF_SYMBOL, *map("".join, merges)]
     while len(merges) < 600:
         pair = (
             rng.choice(["e", "t", "a", "Ġ", "=", "-", *pieces[256:]]),
