@@ -261,6 +261,30 @@ def circuit_file(whole_model, tmp_path) -> Path:
     return circuit.save(tmp_path / "found" / "circuit.json")
 
 
+def test_a_task_that_does_not_fit_is_a_row_and_an_unknown_one_is_refused(command, tmp_path):
+    short = saved(tmp_path / "short", n_ctx=16)
+    code, out, _ = command("tasks", "--model", short, "--task", "with_as", "--prompts", 4, "--json")
+    assert code == 0 and all("the context holds 16" in row["note"] for row in json.loads(out))
+    code, out, err = command("tasks", "--model", short, "--task", "with_at")
+    assert (code, out) == (2, "") and "'with_at'; did you mean 'with_as'" in err
+
+
+def test_tasks_are_listed_and_put_to_a_model(command, whole_model):
+    code, out, _ = command("tasks", "--json")
+    listed = json.loads(out)
+    assert code == 0 and len(listed) == 24 and listed[0]["task"] == TASK and listed[0]["description"]
+    line = ["tasks", "--model", whole_model, "--task", "with_as", "--task", "tense", "--prompts", 6, "--seed", 3]
+    code, out, err = command(*line, "--json")
+    rows = json.loads(out)
+    assert code == 0 and "2/2" in err
+    assert [(row["task"], row["split"], row["n_prompts"]) for row in rows] == [
+        (task, split, 6) for task in ("with_as", "tense") for split in ("train", "test", "shifted")
+    ]
+    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in rows)
+    code, out, _ = command(*line)
+    assert code == 0 and out.count("with_as") == 3 and f"{rows[0]['loss_nats']:.3g} [" in out
+
+
 def cut_short(folder: Path) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -332,7 +356,7 @@ def test_unknown_models_and_tasks_are_refused_with_the_nearest_names(command, mo
         ["demo", "--model", model_folder, "--task", "single_quote", "--out", out],
     ):
         code, said, err = command(*line)
-        assert (code, said) == (2, "") and f"'single_quote'; did you mean '{TASK}'?" in err
+        assert (code, said) == (2, "") and f"'single_quote'; did you mean '{TASK}'" in err
     assert not out.exists()
 
 

@@ -8,9 +8,10 @@ Both sides of such a pair are text as somebody wrote it, so nothing about it is 
 an edit of one's own the twin is an edited place instead, and the other answer is claimed, not found.
 
 A place counts only if its text gives back the same tokens when it is read again, answer included. Whole documents are
-held out for `test` (`corpus.split_documents`), and no context of one split is one of the other.
+held out for `test`, and no context of one split is one of the other.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 from jaxtyping import Integer
 from transformers import PreTrainedTokenizerBase
 
-from sparse_interp.corpus import Document, split_documents
+from sparse_interp.corpus import Document
 from sparse_interp.errors import TaskError
 from sparse_interp.tasks.pairs import Candidate, Pair, encode, token_ids
 
@@ -57,7 +58,7 @@ def occurrence_pairs(
     """Up to `n_pairs` pairs of `train` and of `test`; the number of its document is a pair's template.
 
     Raises:
-        TaskError: if an answer is not one token, or a split comes out empty.
+        TaskError: if an answer is not one token, documents share a name, or a split comes out empty.
     """
     if n_tokens < 1 or n_pairs < 1:
         raise TaskError(f"n_tokens={n_tokens}, n_pairs={n_pairs}; expected at least 1 of each.")
@@ -67,7 +68,7 @@ def occurrence_pairs(
     numbers = {document.name: i for i, document in enumerate(documents)}
     seen: set[str] = set()
     found: dict[str, list[Pair]] = {}
-    for split, part in zip(("train", "test"), split_documents(documents, TEST_FRAC), strict=True):
+    for split, part in _split(documents).items():
         at = [where for document in part for where in _positions(document, numbers, tokenizer, answer_ids, n_tokens)]
         places = _pool(at, tokenizer, answers, answer_ids, POOL_PER_PAIR * n_pairs, seen, rng)
         if edit is None:
@@ -81,6 +82,22 @@ def occurrence_pairs(
     return found
 
 
+def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """The fifth of the documents whose names have the smallest hashes is `test`, the others are `train`.
+
+    The hash is none of those by which `sparse_interp.corpus` holds text out, so held-out text has both as well.
+    """
+    names = {document.name for document in documents}
+    if len(names) < 2 or len(names) < len(documents):
+        raise TaskError(f"{len(documents)} documents with {len(names)} names; expected two or more, each with its own.")
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"places {name}".encode()).digest())
+    held_out = set(ranked[: max(1, round(TEST_FRAC * len(ranked)))])
+    return {
+        "train": [document for document in documents if document.name not in held_out],
+        "test": [document for document in documents if document.name in held_out],
+    }
+
+
 def _none_found(
     split: str, n_documents: int, answers: tuple[str, str], n_tokens: int, at: list[Position], places: list[Place]
 ) -> str:
@@ -89,9 +106,9 @@ def _none_found(
         for which, answer in enumerate(answers)
     ]
     return (
-        f"No pairs for split {split!r}: in its {n_documents} documents there are places that go on {' and '.join(counts)}"
-        f" (their {n_tokens} tokens read back as the same tokens, and stand nowhere else in the text). Give more text, a "
-        "larger max_changed, or another n_tokens."
+        f"No pairs for split {split!r}: in its {n_documents} documents there are places that go on "
+        f"{' and '.join(counts)} (their {n_tokens} tokens read back as the same tokens, and stand nowhere else in the "
+        "text). Give more text, a larger max_changed, or another n_tokens."
     )
 
 

@@ -95,17 +95,17 @@ def score_tasks(
     `n_prompts` / 2 pairs, both sides.
 
     Raises:
-        TokenizerError: if the model has no tokenizer.
+        TokenizerError: if a task is named, and the model has no tokenizer to write it with.
         TaskError: for an unknown name, an unknown split, or fewer than 2 prompts.
     """
     if n_prompts < 2 or not set(splits) <= set(SPLITS):
         raise TaskError(f"n_prompts={n_prompts}, splits={splits}; expected at least 2 prompts of {', '.join(SPLITS)}.")
-    if getattr(model, "tokenizer", None) is None:
-        raise TokenizerError("This model has no tokenizer, and prompts cannot be written without one; give it its own.")
     chosen = task_names() if tasks is None else list(tasks)
     for entry in chosen:
         if isinstance(entry, str):
             template_file(entry)  # an unknown name is refused before any work
+    if getattr(model, "tokenizer", None) is None and any(isinstance(entry, str) for entry in chosen):
+        raise TokenizerError("This model has no tokenizer, and prompts cannot be written without; give it its own.")
     rows = []
     with tqdm(total=len(chosen), disable=not progress, desc="tasks", unit="task") as bar:
         for entry in chosen:

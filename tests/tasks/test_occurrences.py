@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from sparse_interp.corpus import Document
+from sparse_interp.corpus import Document, split_documents
 from sparse_interp.errors import TaskError
 from sparse_interp.tasks.occurrences import distances, occurrence_pairs
 from sparse_interp.tasks.task import Task
@@ -122,3 +122,13 @@ def test_what_makes_no_task_is_refused_with_the_reason(shipped_tokenizer, seeded
         find((" None", " while"))
     with pytest.raises(TaskError, match="n_tokens=0, n_pairs=500; expected at least 1"):
         find(ANSWERS, n_tokens=0)
+    one = documents(1)
+    for given, message in ((one, "1 documents with 1 names"), (2 * one, "2 documents with 1 names")):
+        with pytest.raises(TaskError, match=f"{message}; expected two or more, each with its own"):
+            Task.from_corpus(given, shipped_tokenizer, ANSWERS, generator=seeded())
+
+
+def test_text_that_was_held_out_from_training_has_both_splits_as_well(shipped_tokenizer, seeded):
+    _, held_out = split_documents(documents(200), 0.1)
+    task = Task.from_corpus(held_out, shipped_tokenizer, ANSWERS, n_tokens=11, n_pairs=20, generator=seeded())
+    assert task.splits == ("train", "test")
