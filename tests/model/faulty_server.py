@@ -398,6 +398,7 @@ FAULTS = [
     Fault("compressed unasked", [gzipped], 1),
     Fault("compressed unasked, cut off once", [gzipped_and_cut_off, gzipped], 2),
     Fault("compressed, a bit wrong, once", [gzipped_with_a_wrong_bit, honest], 2, known=UNKNOWN),
+    Fault("cut off, then compressed and wrong", [cut_off(MUCH), gzipped_with_a_wrong_bit, honest], 3, known=UNKNOWN),
     Fault("compressed, and damaged", [gzipped_and_damaged], 5, "compressed, and damaged", NOTHING),
     Fault("in chunks", [in_chunks()], 1, known=UNKNOWN),
     Fault("in chunks, cut off once", [in_chunks(MUCH), in_chunks()], 2, known=UNKNOWN),
