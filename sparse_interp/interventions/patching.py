@@ -10,9 +10,12 @@ reached the stream: under AbsTopK a head, neuron or v channel has its share of t
 that survived, in either run. That is `attn.hook_result`, what the decompositions of a cache and TransformerLens' edge
 attribution mean too; and messages of all heads of a layer add up to the change of its write. TransformerLens' own
 `get_act_patch_direct_path` sends `z W_O`, which is the same without AbsTopK and another number with it.
+
+In one of our models a reader gets a stream of its own. In a dense one of TransformerLens, where nothing is cut, what it
+reads is changed by norm(x + message) - norm(x), and its q, k or v by that times their weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -26,8 +29,25 @@ from tqdm import tqdm
 from sparse_interp.axes import PerPrompt, Resid
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import FwdHooks
-from sparse_interp.model.cache import SparseActivationCache
-from sparse_interp.model.sites import ATTN_WRITE, MLP_WRITE, NEURON, Node, V, check_nodes
+from sparse_interp.model.dense import AnyModel, DenseModel, HookedModel, hooked
+from sparse_interp.model.sites import (
+    ATTN_WRITE,
+    MLP_READ,
+    MLP_WRITE,
+    NEURON,
+    RESID_MID_HOOK,
+    RESID_POST_HOOK,
+    RESID_PRE_HOOK,
+    RESULT_HOOK,
+    SITES,
+    Z_HOOK,
+    Node,
+    V,
+    check_nodes,
+    flat,
+    group_size,
+    queries_of,
+)
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Axes, Table, heatmap
@@ -51,7 +71,10 @@ class Head(NamedTuple):
 
 
 class Receiver(NamedTuple):
-    """One reader of the stream. `final` has the layer number `n_layers`; only q, k and v have a head."""
+    """One reader of the stream. `final` has the layer number `n_layers`; only q, k and v have a head.
+
+    With grouped queries k and v have as many heads as there are groups.
+    """
 
     layer: int
     read: str
@@ -91,12 +114,12 @@ class PathTable(Table):
         return heatmap(self.frame.assign(reader=reads), x="reader", y="layer", value="effect", ax=ax)
 
 
-def receivers_of(
-    model: HookedSparseTransformer, sender: Head | Iterable[Node], reads: Sequence[str] = READS
-) -> list[Receiver]:
+def receivers_of(model: AnyModel, sender: Head | Iterable[Node], reads: Sequence[str] = READS) -> list[Receiver]:
     """Every reader that part of what `sender` writes can reach, in the order of the forward pass."""
-    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
-    readers = [Receiver(layer, read, head) for layer in layers for read in "qkv" for head in heads]
+    model = hooked(model)
+    layers, n_heads = range(model.cfg.n_layers), model.cfg.n_heads
+    heads = {read: range(n_heads if read == "q" else n_heads // group_size(model.cfg)) for read in "qkv"}
+    readers = [Receiver(layer, read, head) for layer in layers for read in "qkv" for head in heads[read]]
     readers += [Receiver(layer, "mlp") for layer in layers] + [Receiver(len(layers), "final")]
     first = min(_halves(model, sender))
     return sorted(
@@ -106,7 +129,7 @@ def receivers_of(
 
 @torch.no_grad()
 def patch_direct_paths(
-    model: HookedSparseTransformer,
+    model: AnyModel,
     batch: TaskBatch,
     metric: Metric = logit_difference,
     *,
@@ -120,7 +143,7 @@ def patch_direct_paths(
     Several receivers of a layer share a forward pass, which begins at their layer.
 
     Args:
-        model: the model; it runs in eval mode.
+        model: the model, ours or a dense one of TransformerLens; it runs in eval mode.
         batch: clean prompts, which the message comes from, and corrupt ones, which the model runs on.
         metric: logits and batch -> one number per prompt.
         sender: a head, or nodes that write: channels of `attn_write` or `mlp_write`, neurons, or v channels. A reader
@@ -133,7 +156,7 @@ def patch_direct_paths(
         CircuitError: for senders that write nothing or are not in the model, and receivers that they do not reach.
         ConfigError: if the stream is no sum of what is written to it.
     """
-    sender = sender if isinstance(sender, Head) else tuple(sender)
+    model, sender = hooked(model), sender if isinstance(sender, Head) else tuple(sender)
     reachable = receivers_of(model, sender)
     receivers = reachable if receivers is None else list(receivers)
     for receiver in receivers:
@@ -143,17 +166,17 @@ def patch_direct_paths(
             )
     batch = batch.to(model.embed.W_E.device)
     with evaluating(model), _forks(model):
-        clean, clean_cache = _run(model, batch, batch.clean, sender)
-        corrupt, corrupt_cache = _run(model, batch, batch.corrupt, sender)
+        clean, in_clean = _run(model, batch, batch.clean, sender)
+        corrupt, in_corrupt = _run(model, batch, batch.corrupt, sender)
         messages = {
-            half: _written(model, sender, half, clean_cache) - _written(model, sender, half, corrupt_cache)
+            half: _written(model, sender, half, in_clean) - _written(model, sender, half, in_corrupt)
             for half in _halves(model, sender)
         }
         together = _together(receivers, max(1, batch_size // len(batch)))
         patched = {}
         for chosen in tqdm(together, disable=not progress, desc=f"direct paths from {_name(sender)}"):
             sent = [sum(m for half, m in messages.items() if half < receiver.half) for receiver in chosen]
-            logits = _patched_logits(model, batch, corrupt_cache, chosen, sent)
+            logits = _patched_logits(model, batch, in_corrupt, chosen, sent)
             patched |= {r: metric(one, batch) for r, one in zip(chosen, logits.chunk(len(chosen)), strict=True)}
     return _table(_name(sender), receivers, patched, metric(clean, batch), metric(corrupt, batch))
 
@@ -164,9 +187,9 @@ def _name(sender: Head | Sequence[Node]) -> str:
     return str(sender[0]) if len(sender) == 1 else f"{len(sender)} nodes from {min(sender)} on"
 
 
-def _halves(model: HookedSparseTransformer, sender: Head | Iterable[Node]) -> list[int]:
+def _halves(model: HookedModel, sender: Head | Iterable[Node]) -> list[int]:
     """The half blocks that the sender writes in, counted through the model; checks it on the way."""
-    reason = model.layers[0].why_no_sum
+    reason = model.layers[0].why_no_sum if isinstance(model, HookedSparseTransformer) else None
     if reason is not None:
         raise ConfigError(f"the stream is not the sum of what is written to it ({reason}): there are no direct paths.")
     cfg = model.cfg
@@ -184,8 +207,11 @@ def _halves(model: HookedSparseTransformer, sender: Head | Iterable[Node]) -> li
 
 
 @contextmanager
-def _forks(model: HookedSparseTransformer) -> Iterator[None]:
-    """Inside the block every reader has a stream of its own and heads have results; then flags are as they were."""
+def _forks(model: HookedModel) -> Iterator[None]:
+    """Inside the block readers of ours have streams of their own and heads have results; then flags are as before."""
+    if isinstance(model, DenseModel):
+        yield
+        return
     flags = {"use_attn_result": True, "use_split_qkv_input": True, "use_hook_mlp_in": True}
     before = {flag: getattr(model.cfg, flag) for flag in flags}
     try:
@@ -198,36 +224,39 @@ def _forks(model: HookedSparseTransformer) -> Iterator[None]:
 
 
 def _run(
-    model: HookedSparseTransformer, batch: TaskBatch, tokens: Tensor, sender: Head | Sequence[Node]
-) -> tuple[Tensor, SparseActivationCache]:
-    """Logits, what the sender's layers held, and the stream after every block."""
-    points = [block.hook_resid_post for block in model.layers]
+    model: HookedModel, batch: TaskBatch, tokens: Tensor, sender: Head | Sequence[Node]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Logits, what the sender's layers held, and the stream before, within and after every block."""
+    hooks = [RESID_PRE_HOOK, RESID_MID_HOOK, RESID_POST_HOOK]
+    names = [hook.format(layer=layer) for hook in hooks for layer in range(model.cfg.n_layers)]
     for layer in {half // 2 for half in _halves(model, sender)}:
-        block = model.layers[layer]
-        points += [block.attn.hook_z, block.attn.hook_result, block.hook_attn_out]
-        points += [block.mlp.hook_post, block.hook_mlp_out]
-    names = [point.name for point in points]
-    return model.run_with_cache(tokens, attention_mask=batch.attention_mask, names_filter=names)
+        names += [Z_HOOK.format(layer=layer), *(site.at(layer) for site in (ATTN_WRITE, NEURON, MLP_WRITE))]
+        if isinstance(model, HookedSparseTransformer):
+            names.append(RESULT_HOOK.format(layer=layer))
+    seen: dict[str, Tensor] = {}
+    keeping: FwdHooks = [(name, lambda held, hook, name=name: seen.update({name: held})) for name in names]
+    with model.hooks(fwd_hooks=keeping):
+        return model(tokens, attention_mask=batch.attention_mask), seen
 
 
-def _written(
-    model: HookedSparseTransformer, sender: Head | Sequence[Node], half: int, cache: SparseActivationCache
-) -> Resid:
-    """What the sender wrote to the stream in half block `half` of the run in `cache`."""
+def _written(model: HookedModel, sender: Head | Sequence[Node], half: int, seen: Mapping[str, Tensor]) -> Resid:
+    """What the sender wrote to the stream in half block `half` of the run that was `seen`."""
     layer, is_mlp = divmod(half, 2)
     attn, mlp = model.layers[layer].attn, model.layers[layer].mlp
+    if isinstance(sender, Head) and isinstance(model, DenseModel):
+        return seen[Z_HOOK.format(layer=layer)][:, :, sender.head] @ attn.W_O[sender.head]
     if isinstance(sender, Head):
-        return cache[attn.hook_result.name][:, :, sender.head]
-    part, weight, cut = (mlp.hook_post, mlp.W_out, mlp.cut_write)
-    if not is_mlp:
-        part, weight, cut = (attn.hook_z, attn.W_O.flatten(0, 1), attn.cut_write)
+        return seen[RESULT_HOOK.format(layer=layer)][:, :, sender.head]
     units, whole = (NEURON, MLP_WRITE) if is_mlp else (V, ATTN_WRITE)
+    part, weight = (NEURON.hook, mlp.W_out) if is_mlp else (Z_HOOK, attn.W_O.flatten(0, 1))
     chosen, channels = (
         [node.channel for node in sender if (node.layer, node.site) == (layer, site.name)] for site in (units, whole)
     )
-    write = cache[whole.at(layer)]
-    shares = cache[part.name].flatten(2)[..., chosen] @ weight[chosen]
-    total = shares if cut.k is None else shares * (write != 0)
+    rows = chosen if is_mlp else [row for channel in chosen for row in queries_of(model.cfg, channel)]
+    write = seen[whole.at(layer)]
+    total = flat(seen[part.format(layer=layer)])[..., rows] @ weight[rows]
+    if isinstance(model, HookedSparseTransformer) and (mlp if is_mlp else attn).cut_write.k is not None:
+        total = total * (write != 0)
     total[..., channels] = write[..., channels]
     return total
 
@@ -241,38 +270,67 @@ def _together(receivers: Sequence[Receiver], n: int) -> list[list[Receiver]]:
 
 
 def _patched_logits(
-    model: HookedSparseTransformer,
+    model: HookedModel,
     batch: TaskBatch,
-    corrupt_cache: SparseActivationCache,
+    seen: Mapping[str, Tensor],
     chosen: Sequence[Receiver],
     messages: Sequence[Resid],
 ) -> Float[Tensor, "receiver_and_batch pos d_vocab"]:
     """Logits of the corrupt prompts, once for each receiver of one layer, with its message in what it reads alone."""
     n, (layer,) = len(chosen), {receiver.layer for receiver in chosen}
     rows = [slice(i * len(batch), (i + 1) * len(batch)) for i in range(n)]
+    sent = list(zip(rows, chosen, messages, strict=True))
     tokens, mask = batch.corrupt.repeat(n, 1), batch.attention_mask.repeat(n, 1)
+    start = {"start_at_layer": layer, "tokens": tokens, "attention_mask": mask}
+    if layer == model.cfg.n_layers:
+        stream = seen[RESID_POST_HOOK.format(layer=layer - 1)].repeat(n, 1, 1)
+        return model(stream + torch.cat(list(messages)), **start)
+    hooks = _changed_reads(model, seen, sent) if isinstance(model, DenseModel) else _changed_streams(model, sent)
+    with model.hooks(fwd_hooks=hooks):
+        if layer == 0:
+            return model(tokens, attention_mask=mask)
+        return model(seen[RESID_POST_HOOK.format(layer=layer - 1)].repeat(n, 1, 1), **start)
 
-    def adding(read: str) -> Callable:
-        def hook(fork: Tensor, hook: Any) -> Tensor:
-            fork = fork.clone()
-            for row, receiver, message in zip(rows, chosen, messages, strict=True):
-                if receiver.read == read:
-                    (fork[row] if receiver.head is None else fork[row, :, receiver.head]).add_(message)
-            return fork
+
+Sent = Sequence[tuple[slice, Receiver, Resid]]
+"""Which rows of a run have which receiver's message."""
+
+
+def _changed_streams(model: HookedSparseTransformer, sent: Sent) -> FwdHooks:
+    """Hooks that add every message to the stream that its receiver has for itself."""
+    block = model.layers[sent[0][1].layer]
+    points = {read: getattr(block.attn, f"hook_{read}_input") for read in "qkv"} | {"mlp": block.hook_mlp_in}
+    changes = [(points[receiver.read].name, row, receiver.head, message) for row, receiver, message in sent]
+    return _adding(changes)
+
+
+def _changed_reads(model: DenseModel, seen: Mapping[str, Tensor], sent: Sent) -> FwdHooks:
+    """Hooks that add to a q, k, v or MLP read what its message changes there."""
+    changes = []
+    for row, receiver, message in sent:
+        site = MLP_READ if receiver.read == "mlp" else SITES[receiver.read]
+        stream = seen[(RESID_MID_HOOK if receiver.read == "mlp" else RESID_PRE_HOOK).format(layer=receiver.layer)]
+        change = model.normed(stream + message, receiver.half) - model.normed(stream, receiver.half)
+        if receiver.head is not None:
+            weights = vars(model.layers[receiver.layer].attn)[f"W_{receiver.read.upper()}"]
+            change = change @ weights[receiver.head]
+        changes.append((site.at(receiver.layer), row, receiver.head, change))
+    return _adding(changes)
+
+
+def _adding(changes: Sequence[tuple[str, slice, int | None, Tensor]]) -> FwdHooks:
+    """Hooks that add to what is seen at some hook points, in some rows and, where one is given, one head."""
+
+    def at(name: str) -> Callable:
+        def hook(seen: Tensor, hook: Any) -> Tensor:
+            seen = seen.clone()
+            for _, row, head, change in (change for change in changes if change[0] == name):
+                (seen[row] if head is None else seen[row, :, head]).add_(change)
+            return seen
 
         return hook
 
-    start = {"start_at_layer": layer, "tokens": tokens, "attention_mask": mask}
-    if layer == model.cfg.n_layers:
-        stream = corrupt_cache[model.layers[-1].hook_resid_post.name].repeat(n, 1, 1)
-        return model(stream + torch.cat(list(messages)), **start)
-    block = model.layers[layer]
-    points = {read: getattr(block.attn, f"hook_{read}_input") for read in "qkv"} | {"mlp": block.hook_mlp_in}
-    hooks: FwdHooks = [(points[read].name, adding(read)) for read in dict.fromkeys(r.read for r in chosen)]
-    if layer == 0:
-        return model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
-    stream = corrupt_cache[model.layers[layer - 1].hook_resid_post.name].repeat(n, 1, 1)
-    return model.run_with_hooks(stream, fwd_hooks=hooks, **start)
+    return [(name, at(name)) for name in dict.fromkeys(name for name, *_ in changes)]
 
 
 def _table(

@@ -18,7 +18,9 @@ hook points do not carry that noise through its weights as `WIRES` says, or whos
 MLP on one stream, is refused with the sentence that does not hold.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -147,9 +149,9 @@ class DenseModel:
         hooks: list[tuple[str | Callable, Callable]] = []
         if start_at_layer is not None:
             assert tokens is not None
-            hooks.append((sites.RESID_PRE_HOOK.format(layer=start_at_layer), lambda resid, hook: input))
+            hooks.append((_stream_before(start_at_layer), lambda resid, hook: input))
         if stop_at_layer is not None:
-            hooks.append((_stream_at(self.cfg, stop_at_layer), _stop))
+            hooks.append((_stream_before(stop_at_layer), _stop))
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         try:
             with self.hooks(hooks):
@@ -158,6 +160,12 @@ class DenseModel:
                 return None if return_type is None else logits
         except _Stopped as stopped:
             return stopped.resid
+
+    def normed(self, resid: Resid, half: int) -> Resid:
+        """What half block `half` reads of a stream; attention of layer l is half 2 l, its MLP the next."""
+        layer, is_mlp = divmod(half, 2)
+        block = self.tl.blocks[layer]
+        return resid if self.cfg.norm == "none" else (block.ln2 if is_mlp else block.ln1)(resid)
 
     def _after_blocks(self, resid: Resid) -> Logits:
         read = resid if self.cfg.norm == "none" else self.tl.ln_final(resid)
@@ -237,11 +245,9 @@ def _matrices(block: Any) -> SimpleNamespace:
     )
 
 
-def _stream_at(cfg: Shape, layer: int) -> str:
-    """Hook point of the stream that enters block `layer`, or leaves the last one."""
-    if layer < cfg.n_layers:
-        return sites.RESID_PRE_HOOK.format(layer=layer)
-    return sites.RESID_POST_HOOK.format(layer=cfg.n_layers - 1)
+def _stream_before(layer: int) -> str:
+    """Hook point of the stream before block `layer`: as the block before it leaves it, if there is one."""
+    return sites.RESID_PRE_HOOK.format(layer=0) if layer == 0 else sites.RESID_POST_HOOK.format(layer=layer - 1)
 
 
 def _stop(resid: Resid, hook: HookPoint) -> None:
@@ -335,12 +341,25 @@ def _points(cfg: Shape) -> list[str]:
     return [sites.EMBED_HOOK, *inside, *last, *(place.hook for place in places(cfg))]
 
 
+@contextmanager
+def _nobody_listening(tl: Any) -> Iterator[None]:
+    """Inside the block the hooks that somebody has put on the model are off."""
+    theirs = {point: point._forward_hooks for point in tl.hook_dict.values()}
+    for point in theirs:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in theirs.items():
+            point._forward_hooks = hooks
+
+
 @torch.no_grad()
 def _prove(model: DenseModel) -> None:
     """Raise ConfigError unless noise in place of every node goes where `WIRES` says."""
     n = min(4, model.cfg.n_ctx)
     tokens = (torch.arange(2 * n) % model.cfg.d_vocab).view(2, n).to(model.embed.W_E.device)
-    with evaluating(model):
+    with evaluating(model), _nobody_listening(model.tl):
         noisy = _Noise(model, tokens)
         for sentence, found, expected in _statements(model, tokens, noisy):
             error = float((found - expected).abs().max())

@@ -61,6 +61,7 @@ RESID_MID_HOOK = "blocks.{layer}.hook_resid_mid"
 RESID_POST_HOOK = FINAL_RESID.hook
 PATTERN_HOOK = "blocks.{layer}.attn.hook_pattern"
 Z_HOOK = "blocks.{layer}.attn.hook_z"
+RESULT_HOOK = "blocks.{layer}.attn.hook_result"
 PRE_HOOK = "blocks.{layer}.mlp.hook_pre"
 PRE_LINEAR_HOOK = "blocks.{layer}.mlp.hook_pre_linear"
 FINAL_SCALE_HOOK = "ln_final.hook_scale"

@@ -243,6 +243,62 @@ def test_a_stream_that_is_no_sum_has_no_direct_paths(make_model, batch, change):
         patch_direct_paths(make_model(**change), batch, sender=Head(0, 0))
 
 
+# -- dense models of TransformerLens -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@pytest.mark.parametrize("sender", SENDERS, ids=str)
+def test_paths_in_a_bridge_are_those_in_our_model_with_the_same_weights(dense_script, batch, norm, sender):
+    shape = dense_script.shape_of(50, norm=norm)
+    weights = dense_script.random_weights(shape, std=0.3)
+    models = dense_script.our_model(shape, weights), dense_script.bridge(shape, weights)
+    tables = [patch_direct_paths(m, batch, sender=SENDERS[sender], progress=False).frame for m in models]
+    assert tables[1].receiver.equals(tables[0].receiver)
+    assert tables[1].metric.to_list() == pytest.approx(tables[0].metric.to_list(), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sender", "part", "rows"),
+    [
+        (Head(0, 3), "attn.hook_z", [12, 13, 14, 15]),
+        ([Node(0, "v", 5)], "attn.hook_z", [9, 13]),  # the second of two v heads is that of heads 2 and 3
+        ([Node(0, "neuron", 2), Node(0, "neuron", 9)], "mlp.hook_post", [2, 9]),
+    ],
+    ids=str,
+)
+def test_paths_under_rotation_grouped_queries_and_gates_are_arithmetic_with_one_read_edited(
+    dense_script, batch, sender, part, rows
+):
+    shape = dense_script.shape_of(50, norm="rms", rotary=True, n_kv=2, gated=True, act="silu")
+    weights = dense_script.random_weights(shape)
+    bridge = dense_script.bridge(shape, weights)
+    table = patch_direct_paths(bridge, batch, sender=sender, progress=False).frame.set_index("receiver")
+    with torch.no_grad():
+        of_clean, of_corrupt = (bridge.run_with_cache(tokens)[1] for tokens in (batch.clean, batch.corrupt))
+    change = (of_clean[f"blocks.0.{part}"] - of_corrupt[f"blocks.0.{part}"]).double().flatten(2)
+    matrix = weights["blocks.0.attn.W_O" if part == "attn.hook_z" else "blocks.0.mlp.W_out"].double().view(-1, 12)
+    message = change[..., rows] @ matrix[rows]
+    for receiver in receivers_of(bridge, sender):
+        key = (receiver.layer, receiver.read, receiver.head)
+        logits = dense_script.reference(shape, weights, batch.corrupt, added={key: message})
+        assert table.metric[str(receiver)] == pytest.approx(float(logit_difference(logits, batch).mean()), abs=2e-5), (
+            key
+        )
+    assert [str(r) for r in receivers_of(bridge, sender) if r.read == "k"] == ["L1H0.k", "L1H1.k"]
+
+
+def test_hooks_that_are_on_a_bridge_stay_on_in_every_pass(dense_script, batch):
+    shape = dense_script.shape_of(50, norm="rms")
+    weights = dense_script.random_weights(shape)
+    halve = lambda x, hook: x / 2
+    hooks = [("blocks.1.hook_resid_pre", halve), ("blocks.0.hook_mlp_out", halve), ("hook_embed", halve)]
+    tables = []
+    for model in (dense_script.our_model(shape, weights), dense_script.bridge(shape, weights)):
+        with model.hooks(fwd_hooks=hooks):
+            tables.append(patch_direct_paths(model, batch, sender=Head(0, 1), progress=False).frame)
+    assert tables[1].metric.to_list() == pytest.approx(tables[0].metric.to_list(), abs=2e-5)
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 

@@ -148,8 +148,12 @@ def their_models():
     return found
 
 
-def reference(shape, weights, tokens, held=None):
-    """Logits in float64, head by head; `held` says by layer and site which channels are kept and what others hold."""
+def reference(shape, weights, tokens, held=None, added=None):
+    """Logits in float64, head by head.
+
+    `held` says by layer and site which channels are kept and what the others hold; `added` by layer, read and head what
+    is added to the stream that this one reader reads.
+    """
     w = {name: weight.double() for name, weight in weights.items()}
     heads, kv = shape["n_heads"], shape["n_kv"] or shape["n_heads"]
     activations = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu}
@@ -166,6 +170,9 @@ def reference(shape, weights, tokens, held=None):
         x = x - x.mean(-1, keepdim=True) if shape["norm"] == "layer" else x
         x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.w"]
         return x + w[f"{name}.b"] if shape["norm"] == "layer" else x
+
+    def heard(name, x, layer, read, head=None):
+        return norm(name, x + (added or {}).get((layer, read, head), 0))
 
     def linear(x, name, bias):
         weight = w[name].permute(1, 0, 2).flatten(1) if w[name].ndim == 3 else w[name]
@@ -189,6 +196,11 @@ def reference(shape, weights, tokens, held=None):
             node(layer, letter.lower(), linear(read, f"{block}.attn.W_{letter}", f"{block}.attn.b_{letter}"))
             .unflatten(-1, (-1, shape["d_head"])) for letter in "QKV"
         )  # fmt: skip
+        for letter, part in zip("QKV", (q, k, v), strict=True):
+            for head in range(part.shape[2]):
+                if (layer, letter.lower(), head) in (added or {}):
+                    own = heard(f"{block}.ln1", x, layer, letter.lower(), head)
+                    part[:, :, head] = own @ w[f"{block}.attn.W_{letter}"][head] + w[f"{block}.attn.b_{letter}"][head]
         write = w[f"{block}.attn.b_O"].expand_as(x)
         for head in range(heads):
             shared = head // (heads // kv)
@@ -197,13 +209,17 @@ def reference(shape, weights, tokens, held=None):
             scores = (query @ key.mT / shape["d_head"] ** 0.5).masked_fill(~seen, -torch.inf)
             write = write + scores.softmax(-1) @ v[:, :, shared] @ w[f"{block}.attn.W_O"][head]
         x = x + node(layer, "attn_write", write)
-        read = node(layer, "mlp_read", norm(f"{block}.ln2", x))
+        read = node(layer, "mlp_read", heard(f"{block}.ln2", x, layer, "mlp"))
         ahead = linear(read, f"{block}.mlp.W_in", f"{block}.mlp.b_in")
         act = activations[shape["act"]]
         neurons = act(read @ w[f"{block}.mlp.W_gate"]) * ahead if shape["gated"] else act(ahead)
         write = linear(node(layer, "neuron", neurons), f"{block}.mlp.W_out", f"{block}.mlp.b_out")
         x = x + node(layer, "mlp_write", write)
-    return linear(node(shape["n_layers"], "final_read", norm("ln_final", x)), "unembed.W_U", "unembed.b_U")
+    return linear(
+        node(shape["n_layers"], "final_read", heard("ln_final", x, shape["n_layers"], "final")),
+        "unembed.W_U",
+        "unembed.b_U",
+    )
 
 
 # -- what has to agree -------------------------------------------------------------------------------------------------
@@ -242,6 +258,7 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
     from sparse_interp.circuit.graph import Circuit
     from sparse_interp.faithfulness.audit import audit
     from sparse_interp.interventions.ablation import ablate, mean_activations
+    from sparse_interp.interventions.patching import Head, patch_direct_paths
     from sparse_interp.interventions.pruning import PruneConfig, learn_gates
 
     tokens = torch.randint(ours.cfg.d_vocab, (3, 7), generator=torch.Generator().manual_seed(2))
@@ -271,7 +288,9 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
         audit(m, c, task, n_prompts=24, n_random=2, generator=torch.Generator().manual_seed(5), progress=False).frame
         for m, c in ((ours, circuit), (theirs, same))
     ]
-    found["audit"] = float((tables[0].value.fillna(-1) - tables[1].value.fillna(-1)).abs().max())
+    found["audit"] = largest(*(torch.tensor(table.value.fillna(-1).to_numpy()) for table in reversed(tables)))
+    paths = [patch_direct_paths(m, pairs, sender=Head(0, 1), progress=False).frame.metric for m in (theirs, ours)]
+    found["direct paths"] = largest(*(torch.tensor(metric.to_numpy()) for metric in paths))
     return found
 
 
