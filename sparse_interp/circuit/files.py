@@ -205,7 +205,8 @@ def _frame_of(table: Mapping[str, list], types: Mapping[str, Any]) -> pd.DataFra
     lacking = [column for column in types if column not in frame.columns]
     if lacking:
         raise CircuitError(f"a table lacks {', '.join(lacking)}")
-    return frame.astype(dict(types))
+    unknown = [column for column in frame.columns if column not in types and frame[column].isna().all()]
+    return frame.astype(dict(types) | dict.fromkeys(unknown, float))  # JSON has no word for a number that is none
 
 
 def _tensors(baseline: NodeValues, tau: NodeValues | None) -> dict[str, Tensor]:

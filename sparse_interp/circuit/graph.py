@@ -134,8 +134,9 @@ class Circuit(CircuitFiles, CircuitPictures):
             CircuitError: for a node that the model does not have, or a baseline of another model.
         """
         model = hooked(model)
-        kept = sorted(set(nodes), key=lambda node: (_order(model.cfg)[Place(node.layer, node.site)], node.channel))
-        check_nodes(kept, model.cfg)
+        nodes, order = set(nodes), _order(model.cfg)
+        check_nodes(nodes, model.cfg)
+        kept = sorted(nodes, key=lambda node: (order[Place(node.layer, node.site)], node.channel))
         if sites is None:
             sites = NODE_SITES if prune is None else prune.sites
         baseline.check(model.cfg, sites)

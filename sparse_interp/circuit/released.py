@@ -307,7 +307,7 @@ def _check_samples(model: HookedSparseTransformer, samples: TaskSamples) -> None
     for stored in (samples.activations, samples.in_circuit):
         listed = [(place_of(loc, model.cfg.n_layers), channels) for loc, channels in stored.items()]
         check_nodes([Node(*place, channel) for place, channels in listed for channel in channels], model.cfg)
-    longest, largest = samples.tokens.shape[1], int(samples.tokens.max())
+    longest, largest = int(samples.lengths.max()), int(samples.tokens.max())
     if longest > model.cfg.n_ctx or largest >= model.cfg.d_vocab:
         raise CircuitError(
             f"the payload's prompts have {longest} positions and token ids up to {largest}; the model takes "
@@ -395,11 +395,13 @@ def _activation_rows(
     model: HookedSparseTransformer, samples: TaskSamples, stored: Mapping, name: str
 ) -> Iterator[tuple[str, str, str, float, float]]:
     """For every loc, the activation at a token of a prompt that differs most from the stored one."""
-    real = torch.arange(samples.tokens.shape[1]) < samples.lengths[:, None]
-    ours = task_activations(model, samples.tokens, {loc: list(channels) for loc, channels in stored.items()})
+    longest = int(samples.lengths.max())
+    real = torch.arange(longest) < samples.lengths[:, None]
+    wanted = {loc: list(channels) for loc, channels in stored.items()}
+    ours = task_activations(model, samples.tokens[:, :longest], wanted)
     for loc, by_channel in stored.items():
         if by_channel:
-            theirs = torch.stack(list(by_channel.values())).double() * real
+            theirs = torch.stack(list(by_channel.values()))[..., :longest].double() * real
             here = ours[loc].double() * real
             worst = (here - theirs).abs().argmax()
             yield name, loc, "activation", theirs.flatten()[worst].item(), here.flatten()[worst].item()

@@ -1,6 +1,7 @@
 """What the tests of circuits share: circuits of random nodes, and the hand-built quote model with its answer key."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -91,64 +92,55 @@ def as_tensors(value):
     return value
 
 
+def write(folder, name, content):
+    with (folder / name).open("wb") as file:
+        torch.save(as_tensors(content), file)
+    return folder / name
+
+
 @pytest.fixture
 def written(tmp_path):
     """`written(name, content)`: a file as `torch.save` writes it, arrays as tensors."""
-
-    def write(name, content):
-        with (tmp_path / name).open("wb") as file:
-            torch.save(as_tensors(content), file)
-        return tmp_path / name
-
-    return write
+    return lambda name, content: write(tmp_path, name, content)
 
 
 STYLES = {
     "as csp_yolo1": {},
-    "as csp_yolo2": {"afrac": 0.4, "afrac_loctypes": EIGHT, "sink": True, "d_pos_emb": 3},
+    "as csp_yolo2": {"afrac": 0.4, "afrac_loctypes": EIGHT, "sink": True, "d_pos_emb": 2},
     "AbsTopK everywhere": {"afrac": 0.6, "afrac_loctypes": EIGHT + ",resid_post_attn,resid_post_mlp", "sink": True},
     "layer norm": {"rms_norm": False, "tied_unembed": True, "bias": False, "residual_activation_type": "relu"},
 }
-"""What differs from two layers of eight channels, two heads of three and ten neurons."""
-
-
-@pytest.fixture(params=STYLES, ids=str)
-def published(request, written):
-    """A model, one of its circuits and the means, in files, with every number made by the reference."""
-    return published_files(written, STYLES[request.param])
-
-
-@pytest.fixture
-def published_yolo2(written):
-    """The same in the style of csp_yolo2: AbsTopK at eight sites, sink, concatenated positions."""
-    return published_files(written, STYLES["as csp_yolo2"])
-
-
-def published_files(written, changes):
-    from published_numpy import random_payload
-    from released_numpy import random_weights
-
-    config = {"block_size": 8, "vocab_size": 12, "n_layer": 2, "n_head": 2, "d_head": 3, "d_model": 8, "d_mlp": 10,
-              "rms_norm": True, "tied_unembed": False, "enable_bigram_table": True, **changes}  # fmt: skip
-    rng = np.random.default_rng(0)
-    weights = random_weights(config, rng)
-    payload, means = random_payload(rng, config, weights)
-    folder = written("final_model.pt", weights).parent
-    (folder / "beeg_config.json").write_text(json.dumps(config))
-    written("mean_baseline_pretrain.pt", means)
-    written("viz_data.pt", payload)
-    return folder
+"""What differs from two layers of six channels, two heads of two and seven neurons."""
 
 
 @pytest.fixture(scope="session")
-def dense_truth(truth, dense_script):
-    """The quote model without sinks and with positions of zero, which a TransformerBridge can be too: ours, and one."""
-    from sparse_interp.model.transformer import HookedSparseTransformer
+def published_as(tmp_path_factory):
+    """`published_as(style)`: a folder with a model, a circuit of it and the means; the reference made every number."""
+    return cache(lambda style: published_files(tmp_path_factory.mktemp("published"), STYLES[style]))
 
-    cfg = type(truth.model.cfg).from_dict(truth.model.cfg.to_dict() | {"sink": False, "positions": "add"})
-    ours = HookedSparseTransformer(cfg, truth.task.tokenizer).eval()
-    zeros = {"pos_embed.W_pos": torch.zeros(cfg.n_ctx, cfg.d_model)}
-    ours.load_state_dict({n: w for n, w in truth.model.state_dict().items() if not n.endswith("sink")} | zeros)
-    names = ("n_layers", "n_ctx", "d_model", "n_heads", "d_head", "d_mlp", "norm")
-    shape = dense_script.shape_of(cfg.d_vocab, act=cfg.act_fn, **{name: getattr(cfg, name) for name in names})
-    return ours, dense_script.bridge(shape, ours.state_dict(), truth.task.tokenizer)
+
+@pytest.fixture(params=STYLES, ids=str)
+def published(request, published_as):
+    """Every style in turn."""
+    return published_as(request.param)
+
+
+@pytest.fixture
+def published_yolo2(published_as):
+    """AbsTopK at eight sites, sink, concatenated positions."""
+    return published_as("as csp_yolo2")
+
+
+def published_files(folder, changes):
+    from published_numpy import random_payload
+    from released_numpy import random_weights
+
+    config = {"block_size": 10, "vocab_size": 12, "n_layer": 2, "n_head": 2, "d_head": 2, "d_model": 6, "d_mlp": 7,
+              "rms_norm": True, "tied_unembed": False, "enable_bigram_table": True, **changes}  # fmt: skip
+    rng = np.random.default_rng(0)
+    weights = random_weights(config, rng)
+    payload, means = random_payload(rng, config, weights, share=0.8)
+    (folder / "beeg_config.json").write_text(json.dumps(config))
+    for name, content in {"final_model": weights, "viz_data": payload, "mean_baseline_pretrain": means}.items():
+        write(folder, f"{name}.pt", content)
+    return folder

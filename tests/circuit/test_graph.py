@@ -323,6 +323,8 @@ def test_circuits_of_two_models_do_not_combine(make_model, some_nodes, zero):
 def test_a_node_that_the_model_does_not_have_is_refused(plain_model, zero):
     with pytest.raises(CircuitError, match="q has channels 0 to 14, not 15"):
         Circuit.of_nodes(plain_model, [Node(0, "q", 15)], zero(plain_model))
+    with pytest.raises(CircuitError, match="q exists in layers 0 to 1, not in 2"):
+        Circuit.of_nodes(plain_model, [Node(2, "q", 0)], zero(plain_model))
 
 
 def test_sites_that_the_search_left_alone_keep_everything(plain_model, zero):
