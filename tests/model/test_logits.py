@@ -64,8 +64,8 @@ def test_the_bigram_table_has_a_row_of_its_own_and_is_announced(plain_model, tok
 
 
 def test_a_model_without_a_table_says_so(make_model, tokens):
-    table = direct_logit_attribution(make_model(bigram=False), tokens, ANSWER, FOIL)
-    assert "bigram" not in set(table.frame.component) and str(table).startswith("no bigram table")
+    table = direct_logit_attribution(make_model(bigram=False, norm="layer"), tokens, ANSWER, FOIL)
+    assert list(table.frame.component[-2:]) == ["ln_final.b", "b_U"] and str(table).startswith("no bigram table")
 
 
 def test_a_folded_gain_moves_nothing(make_model, tokens):
