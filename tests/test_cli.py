@@ -226,8 +226,9 @@ TASK = "single_double_quote"
 SHAPE = {"d_model": 8, "n_heads": 1, "d_head": 8, "n_layers": 1, "d_mlp": 8, "d_vocab": 2048, "bigram": False}
 
 
-def saved(folder: Path, n_ctx: int) -> Path:
-    model = HookedSparseTransformer(ModelConfig(**SHAPE, n_ctx=n_ctx, seed=0), bundled_tokenizer("python_2k"))
+def saved(folder: Path, n_ctx: int, tokenizer: str | None = "python_2k") -> Path:
+    its = None if tokenizer is None else bundled_tokenizer(tokenizer)
+    model = HookedSparseTransformer(ModelConfig(**SHAPE, n_ctx=n_ctx, seed=0), its)
     return model.save(folder, means=zero_values(model), validation=torch.zeros(2, n_ctx, dtype=torch.int64))
 
 
@@ -313,14 +314,13 @@ def with_another_tokenizer(folder: Path) -> None:
 
 
 def without_a_tokenizer(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    config["tokenizer"] = None
-    (folder / CONFIG).write_text(json.dumps(config))
+    shutil.rmtree(folder)
+    saved(folder, n_ctx=128, tokenizer=None)
 
 
 DAMAGES = {
     cut_short: "weights.safetensors is damaged",
-    with_a_nan: "1 of the 64 entries of blocks.0.mlp.W_in are NaN or infinite",
+    with_a_nan: "weights.safetensors is damaged: the sha256 of blocks.0.mlp.W_in is",
     with_an_unknown_key: "unknown field 'd_modle' in a model config. Did you mean 'd_model'?",
     with_another_tokenizer: "is not the one that the model was saved with",
     without_a_tokenizer: "has no tokenizer, and prompts cannot be written without one",
