@@ -133,7 +133,7 @@ def test_a_thousand_distinct_pairs_are_there_in_every_split(drawn, name):
 
 
 def test_a_thousand_pairs_are_drawn_where_the_fewest_can_be(shipped_tokenizer, seeded):
-    name, split = min(((name, split) for name in NEW for split in SPLITS), key=lambda of: n_written(*of))
+    name, split = min(((name, split) for name in task_names() for split in SPLITS), key=lambda of: n_written(*of))
     pairs = load_task(name, shipped_tokenizer).pairs(1000, split, generator=seeded())
     assert len({frozenset((pair.clean, pair.corrupt)) for pair in pairs}) == 1000
 
@@ -206,7 +206,7 @@ def test_another_tokenizer_writes_a_task_or_is_refused_with_the_reason(request, 
         return
     task = load_task(name, tokenizer)
     for split in SPLITS:
-        batch = task.batch(12, split, generator=seeded())
+        batch = task.batch(6, split, generator=seeded())
         assert (batch.answer != batch.foil).all() and (batch.clean != batch.corrupt).any(1).all()
         assert batch.clean.shape == batch.corrupt.shape
 
