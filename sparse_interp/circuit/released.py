@@ -329,7 +329,8 @@ def _loss_rows(
         with model.hooks(fwd_hooks=holding_hooks(kept, circuit.baseline)):
             alone = loss(_logits(model, batch))
     wanted = [(measure, where, stored, tuple(nodes)) for measure, where, stored, nodes in _ablations(payload, model)]
-    found = losses_without(model, circuit, [nodes for *_, nodes in wanted], batch, loss, progress=progress)
+    groups = [nodes for *_, nodes in wanted]
+    found = losses_without(model, kept, circuit.baseline, groups, batch, loss, progress=progress)
     stored = [("loss", "", payload.loss, whole), ("interv_loss", "", payload.interv_loss, alone)]
     stored += [(*row[:3], value) for row, value in zip(wanted, found, strict=True)]
     for measure, where, value, recomputed in stored:
@@ -354,15 +355,16 @@ def _ablations(payload: Payload, model: HookedSparseTransformer) -> Iterator[tup
 @torch.no_grad()
 def losses_without(
     model: HookedSparseTransformer,
-    circuit: Circuit,
+    kept: Masks,
+    baseline: NodeValues,
     groups: Sequence[Iterable[Node]],
     batch: TaskBatch,
     loss: Callable[[AnswerLogits], float],
     *,
     progress: bool = False,
 ) -> list[float]:
-    """The loss of the circuit with each group of nodes held as well; the layers before a group are run once for all."""
-    kept, n_layers = circuit.kept, model.cfg.n_layers
+    """The loss of what keeps `kept` with each group of nodes held as well; layers before it are run once for all."""
+    n_layers = model.cfg.n_layers
     groups = [tuple(group) for group in groups]
     first = [min((node.layer for node in group), default=n_layers) for group in groups]
     chunks = [batch.rows(part) for part in torch.arange(len(batch)).split(ROWS_AT_ONCE)]
@@ -370,11 +372,10 @@ def losses_without(
     bar = tqdm(total=len(groups), disable=not progress, desc="losses", unit="loss")
     with evaluating(model), bar:
         for layer in sorted(set(first)):
-            with model.hooks(fwd_hooks=holding_hooks(kept, circuit.baseline)):
+            with model.hooks(fwd_hooks=holding_hooks(kept, baseline)):
                 streams = [stream_at(model, chunk, layer) if layer else None for chunk in chunks]
             for i in (i for i, start in enumerate(first) if start == layer):
-                hooks = holding_hooks(_without(kept, groups[i]), circuit.baseline)
-                with model.hooks(fwd_hooks=hooks):
+                with model.hooks(fwd_hooks=holding_hooks(_without(kept, groups[i]), baseline)):
                     parts = [answer_logits(model, c, s, layer) for c, s in zip(chunks, streams, strict=True)]
                 found[i] = loss(torch.cat(parts))
                 bar.update()
