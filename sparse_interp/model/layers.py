@@ -41,8 +41,10 @@ def heard(*points: HookPoint) -> bool:
 def redraw_(weight: Tensor, std: float) -> None:
     """Normal draws in place of every entry that is not zero. Zeros stay, so that a sparse model keeps its pattern.
 
-    A new weight is made of ones, and so all of it is drawn.
+    A new weight is made of ones, and so all of it is drawn. One without memory, as while a model is loaded, is left.
     """
+    if weight.is_meta:
+        return
     weight.copy_(torch.empty_like(weight).normal_(std=std) * (weight != 0))
 
 

@@ -115,7 +115,7 @@ class Part(NamedTuple):
     """Its shape there."""
 
     becomes: Callable[[Tensor], dict[str, Tensor]]
-    """Our tensors, by name."""
+    """Our tensors, by name, in memory of their own."""
 
 
 def hook_of(released: str, n_layers: int) -> str:
@@ -171,14 +171,15 @@ def read_released(folder: Path, *, cache: Path | None = None, name: str | None =
     parts = _parts_in(source, cfg, dialect, said)
     cfg.dtype = _precision(source, parts)
     tensors: dict[str, Tensor] = {}
-    for part in parts:
+    for part in sorted(parts, key=lambda part: -math.prod(part.shape)):  # the largest while little else is in memory
         tensors |= part.becomes(_taken(source, part.key))
     if not torch.equal(tensors["embed.W_E"], tensors.pop(_SECOND, tensors["embed.W_E"])):
         raise CheckpointError(
             f"{source.files[0]}: {dialect.stem}wte.weight and lm_head.weight differ, and {dialect.config} says that "
             "they are one matrix (tied). The two files belong to different models."
         )
-    report = LoadReport(rows_of(tensors), cfg.model_name, form)
+    names = [name for name in cfg.weight_shapes() if name in tensors]
+    report = LoadReport(rows_of({name: tensors[name] for name in names}), cfg.model_name, form)
     for key, shape in cfg.weight_shapes().items():
         if key not in tensors:  # what `_parts_in` let pass, and the biases of a model without biases
             sinusoid = key == "pos_embed.W_pos"
@@ -285,8 +286,8 @@ def _precision(source: TensorSource, parts: list[Part]) -> torch.dtype:
 
 def _taken(source: TensorSource, key: str) -> Tensor:
     tensor = source.take(key)
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
+    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # which takes no memory, as isfinite does
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise CheckpointError(
             f"{source.files[0]}: {bad} of the {tensor.numel()} entries of {key} are NaN or infinite. Fetch it again."
         )
@@ -354,14 +355,14 @@ def _attention(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
         found = {}
         for letter, rows in zip("QKV", weight.chunk(3), strict=True):
             read = rows.unflatten(0, heads).transpose(1, 2)  # head, d_read, d_head
-            found[f"{ours}W_{letter}"] = read[:, : cfg.d_model].contiguous()
+            found[f"{ours}W_{letter}"] = _copy(read[:, : cfg.d_model])
             if cfg.d_pos_emb is not None:
-                found[f"{ours}W_{letter}_pos"] = read[:, cfg.d_model :].contiguous()
+                found[f"{ours}W_{letter}_pos"] = _copy(read[:, cfg.d_model :])
         return found
 
     def biases(bias: Tensor) -> dict[str, Tensor]:
         chunks = zip("QKV", bias.chunk(3), strict=True)
-        return {f"{ours}b_{letter}": rows.unflatten(0, heads).clone() for letter, rows in chunks}
+        return {f"{ours}b_{letter}": _copy(rows.unflatten(0, heads)) for letter, rows in chunks}
 
     yield Part(f"{theirs}c_attn.weight", (3 * flat, cfg.d_read), reads)
     if cfg.bias:
@@ -369,7 +370,7 @@ def _attention(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
     yield Part(
         f"{theirs}c_proj.weight",
         (cfg.d_model, flat),
-        lambda weight: {f"{ours}W_O": weight.T.contiguous().unflatten(0, heads)},
+        lambda weight: {f"{ours}W_O": _copy(weight.T).unflatten(0, heads)},
     )
     if cfg.bias:
         yield _same(f"{theirs}c_proj.bias", (cfg.d_model,), f"{ours}b_O")
@@ -380,8 +381,8 @@ def _mlp(cfg: ModelConfig, theirs: str, ours: str) -> Iterator[Part]:
 
     def reads(weight: Tensor) -> dict[str, Tensor]:
         read = weight.T
-        found = {f"{ours}W_in": read[: cfg.d_model].contiguous()}
-        return found if cfg.d_pos_emb is None else found | {f"{ours}W_in_pos": read[cfg.d_model :].contiguous()}
+        found = {f"{ours}W_in": _copy(read[: cfg.d_model])}
+        return found if cfg.d_pos_emb is None else found | {f"{ours}W_in_pos": _copy(read[cfg.d_model :])}
 
     yield Part(f"{theirs}c_fc.weight", (cfg.d_mlp, cfg.d_read), reads)
     yield _transposed(f"{theirs}c_proj.weight", (cfg.d_model, cfg.d_mlp), f"{ours}W_out")
@@ -397,8 +398,13 @@ def _norm(cfg: ModelConfig, theirs: str, ours: str, size: int) -> Iterator[Part]
 
 
 def _same(key: str, shape: tuple[int, ...], ours: str) -> Part:
-    return Part(key, shape, lambda tensor: {ours: tensor})
+    return Part(key, shape, lambda tensor: {ours: _copy(tensor)})
 
 
 def _transposed(key: str, shape: tuple[int, ...], ours: str) -> Part:
-    return Part(key, shape, lambda tensor: {ours: tensor.T.contiguous()})
+    return Part(key, shape, lambda tensor: {ours: _copy(tensor.T)})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """In memory of its own also where the layout is right as it is, as that of a matrix with one row."""
+    return tensor.clone(memory_format=torch.contiguous_format)

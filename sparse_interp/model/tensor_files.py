@@ -66,7 +66,7 @@ class TensorSource:
     """Shape and precision of each."""
 
     take: Callable[[str], Tensor]
-    """The tensor of a name, in memory of its own. A name may be asked for once."""
+    """The tensor of a name, which may lie in the file: to be copied, and let go. A name may be asked for once."""
 
     converted: Path | None = None
     """The conversion, of files that are converted once."""
@@ -95,7 +95,7 @@ def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: if the file is missing or damaged; a tensor that is not the one that was saved is named.
     """
     source, entries = own_source(path)
-    return {name: source.take(name) for name in source.known}, entries
+    return {name: source.take(name).clone() for name in source.known}, entries
 
 
 def own_source(path: Path) -> tuple[TensorSource, dict[str, str]]:
@@ -165,10 +165,9 @@ def safetensors_source(paths: Sequence[Path]) -> TensorSource:
                 where[name], known[name] = path, Stored(tuple(stored.get_shape()), _PRECISION.get(dtype, dtype))
 
     def take(name: str) -> Tensor:
-        # opened anew for each tensor, because what was read of a file counts as memory until the file is closed;
-        # cloned, because what safetensors returns lies in the file, and changes or crashes with it
+        # opened anew for each tensor, because what was read of a file counts as memory until all of it is let go
         with _opened(where[name]) as file:
-            return file.get_tensor(name).clone()
+            return file.get_tensor(name)
 
     return TensorSource(tuple(paths), known, take)
 

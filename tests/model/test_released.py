@@ -344,6 +344,17 @@ def test_a_checkpoint_that_was_replaced_is_read_anew(release, tmp_path):
     assert (load(folder).b_U - before.b_U)[2].item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("changes", [{}, {"n_head": 1, "d_head": 1, "d_model": 1, "d_mlp": 1, "d_pos_emb": 1}], ids=str)
+def test_no_weight_lies_in_the_file_that_it_came_from(release, tmp_path, changes):
+    folder = write(tmp_path / "model", *release(**changes))
+    model = load(folder)
+    before = weights_sha256(model)
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert weights_sha256(model) == before
+
+
 def test_code_beside_the_weights_is_never_run(release, tmp_path):
     config, weights = release()
     write(tmp_path, config, weights, "hub")

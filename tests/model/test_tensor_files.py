@@ -94,17 +94,22 @@ def test_a_change_of_a_tensor_or_of_the_header_is_named(tmp_path, change, words)
 # -- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def test_several_files_are_one_source_and_a_tensor_lies_in_memory_of_its_own(tmp_path):
+def test_several_files_are_one_source_whose_names_may_be_others(tmp_path):
     save_file({"a": TENSORS["a"]}, tmp_path / "1")
     save_file({"b": TENSORS["b"], "c": TENSORS["c"]}, tmp_path / "2")
     source = safetensors_source([tmp_path / "1", tmp_path / "2"])
     assert source.known["a"] == ((2, 3), "float32") and source.known["c"].dtype == "U16"
-    taken = everything(source)
-    (tmp_path / "1").write_bytes(bytes((tmp_path / "1").stat().st_size))
-    assert same(taken, TENSORS)
-    assert same(
-        everything(safetensors_source([tmp_path / "2"]).renamed(str.upper)), {"B": TENSORS["b"], "C": TENSORS["c"]}
-    )
+    assert same(everything(source), TENSORS)
+    upper = safetensors_source([tmp_path / "2"]).renamed(str.upper)
+    assert same(everything(upper), {"B": TENSORS["b"], "C": TENSORS["c"]})
+
+
+def test_what_was_read_of_a_file_of_ours_does_not_lie_in_it(tmp_path):
+    (tmp_path / "f").write_bytes(own_bytes(TENSORS, {}))
+    tensors, _ = read_own(tmp_path / "f")
+    with (tmp_path / "f").open("r+b") as file:
+        file.write(bytes((tmp_path / "f").stat().st_size))
+    assert same(tensors, TENSORS)
 
 
 def test_a_name_in_two_files_is_refused(tmp_path):
