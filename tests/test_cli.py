@@ -16,14 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from sparse_interp import cli
 from sparse_interp.circuit.graph import Circuit
+from sparse_interp.circuit.publishing import publish_circuit
+from sparse_interp.circuit.released import RELEASED_SITES
 from sparse_interp.errors import ConfigError, SparseInterpError
-from sparse_interp.interventions.ablation import zero_values
+from sparse_interp.interventions.ablation import mean_activations, zero_values
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, bundled_tokenizer, weights_sha256
 from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.publishing import publish_model
 from sparse_interp.model.sites import Node
 from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.tasks.library import load_task
+from sparse_interp.tasks.task import TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
 from sparse_interp.training import recipes
 from sparse_interp.training.loop import CHECKPOINT, MODEL, Trainer
@@ -423,3 +427,83 @@ def test_the_options_of_a_search_reach_it(command, model_folder, tmp_path, monke
     assert (code, err) == (2, "sparse-interp: that is enough.\n")
     (config,) = asked
     assert (config.objective, config.n_steps, config.k_coef, config.max_kl) == ("task_loss", 7, 0.5, 0.75)
+
+
+# -- released circuits -------------------------------------------------------------------------------------------------
+
+ANSWERS = ("--answers", 3, 8)
+
+
+@pytest.fixture
+def store(make_model, tmp_path, monkeypatch):
+    """A copy of the published store with one small model and one circuit of it, where downloads are kept."""
+    model = make_model(d_model=6, n_heads=2, d_head=2, d_mlp=7)
+    noise = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 50, (2, 4, 6), generator=noise)
+    answer = torch.full((4,), 3)
+    pairs = TaskBatch(*tokens, answer, 11 - answer, torch.tensor([6, 5, 4, 6]), torch.arange(4))
+    nodes = [Node(layer, "neuron", c) for layer in (0, 1) for c in range(5)] + [Node(1, "final_resid", 2)]
+    means = mean_activations(model, tokens[0], sites=RELEASED_SITES)
+    circuit = Circuit.of_nodes(model, nodes, means, sites=RELEASED_SITES)
+    folder = tmp_path / "cache" / "openai"
+    publish_model(model, folder / "models" / "dense1_1x")
+    at = publish_circuit(circuit, model, pairs, folder / "viz/dense1_1x/quote/prune_v4/k_optim", progress=False)
+    (at / "mean_baseline_pretrain.pt").rename(folder / "viz/dense1_1x/mean_baseline_pretrain.pt")
+    monkeypatch.setenv("SPARSE_INTERP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPARSE_INTERP_OFFLINE", "1")
+    return folder
+
+
+def test_a_released_circuit_is_one_command_away(command, store):
+    code, out, err = command("released", "openai/dense1_1x", "quote", *ANSWERS, "--json", "--tolerance", 1e-5)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["n_nodes"] == 11 and result["answers"] == [3, 8] and result["notes"] == []
+    worst = {row["measure"]: row["largest_difference"] for row in result["summary"]}
+    assert list(worst)[:5] == ["loss", "interv_loss", "ch_interv_losses", "layer_interv_losses", "loc_interv_losses"]
+    assert max(worst.values()) < 1e-5
+    assert len(result["rows"]) == 2 + 11 + 4 + 17 + 2 * 3
+    code, out, _ = command("released", "openai/dense1_1x", "quote", *ANSWERS)
+    assert code == 0 and "11 nodes" in out and "answers: tokens 3 and 8" in out and "ch_interv_losses" in out
+
+
+def test_a_released_circuit_can_be_in_files_and_folders_of_any_name(command, store, tmp_path):
+    shutil.copytree(store / "models" / "dense1_1x", tmp_path / "mine")
+    payload = store / "viz/dense1_1x/quote/prune_v4/k_optim/viz_data.pt"
+    line = ["released", tmp_path / "mine", "quote", "--payload", payload, *ANSWERS, "--tolerance", 1e-5]
+    assert command(*line)[0] == 0, "the means lie where they are published, above the payload"
+    means = (store / "viz/dense1_1x/mean_baseline_pretrain.pt").rename(tmp_path / "means.pt")
+    code, out, err = command(*line)
+    assert (code, out) == (2, "") and "there is no mean_baseline_pretrain.pt" in err and "--means" in err
+    assert command(*line, "--means", means)[0] == 0
+    assert command("released", "openai/dense1_1x", "quote", "--means", means, *ANSWERS)[0] == 0
+
+
+def test_a_released_circuit_leaves_its_files_where_asked(command, store, tmp_path):
+    code, _, err = command("released", "openai/dense1_1x", "quote", *ANSWERS, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "circuit.json", "circuit.safetensors", "replay.csv", "circuit.html", "circuit.png"
+    }  # fmt: skip
+    assert Circuit.load(tmp_path / "out" / "circuit.json", load("openai/dense1_1x")).task_name == "quote"
+
+
+def test_a_difference_beyond_the_tolerance_is_a_failure(command, store):
+    path = store / "viz/dense1_1x/quote/prune_v4/k_optim/viz_data.pt"
+    payload = torch.load(path, weights_only=True)
+    payload["importances"]["interv_loss"] += 0.01
+    torch.save(payload, path)
+    line = ["released", "openai/dense1_1x", "quote", *ANSWERS]
+    assert command(*line)[0] == 0
+    assert command(*line, "--tolerance", 1e-3)[0] == 1
+
+
+def test_a_released_circuit_that_is_not_there_or_damaged_is_refused(command, store):
+    code, out, err = command("released", "openai/dense1_1x", "brackets")
+    assert (code, out) == (1, "") and "brackets/prune_v4/k_optim" in err
+    path = store / "viz/dense1_1x/quote/prune_v4/k_optim/viz_data.pt"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+    code, out, err = command("released", "openai/dense1_1x", "quote")
+    assert (code, out) == (2, "") and "viz_data.pt is damaged" in err
