@@ -51,6 +51,12 @@ from sparse_interp.interventions.patching import receivers_of as receivers_of
 from sparse_interp.interventions.pruning import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
+from sparse_interp.circuit.payload import read_means as read_means
+from sparse_interp.circuit.payload import read_payload as read_payload
+from sparse_interp.circuit.released import released_circuit as released_circuit
+from sparse_interp.circuit.released import replay as replay
+from sparse_interp.circuit.publishing import publish_circuit as publish_circuit
+from sparse_interp.model.publishing import publish_model as publish_model
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.tokens import TokenView as TokenView
