@@ -369,6 +369,7 @@ def hostile_page() -> CircuitPage:
         subtitle=HOSTILE,
         model=HOSTILE,
         task=HOSTILE,
+        edge_value=HOSTILE,
         summary={HOSTILE: HOSTILE},
         prompts=[PagePrompt(pieces=STRANGE, answer=HOSTILE, foil=HOSTILE, twin=STRANGE)],
         audit=PageAudit(verdict=HOSTILE, passed=True, rows=[row]),
@@ -472,6 +473,15 @@ def test_the_threshold_hides_weak_edges_and_announces_how_many_are_left(show):
     assert spoken in tab.js("document.querySelector('#threshold').getAttribute('aria-valuetext')")
     tab.press("End")
     assert drawn_weights(tab) == 1
+
+
+def test_numbers_that_are_no_weights_are_not_called_so(show):
+    tab = show(replace(small_page(), edge_value="pair value"))
+    legend = tab.js("document.querySelector('#legend').textContent")
+    assert "positive pair value" in legend and "weight" not in legend
+    tab.js("document.querySelector('#threshold').focus()")
+    tab.press("ArrowRight")
+    assert tab.js("document.querySelector('#threshold-output').textContent").startswith("|pair value| ≥ ")
 
 
 def test_rails_and_attention_wires_can_be_switched_off(show):
