@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 from sparse_interp.errors import DownloadError
 from sparse_interp.model.download import fetch, fetch_repository, is_there
+from sparse_interp.model.released_config import RECIPE
 from sparse_interp.model.releases import BASE, OWNER, PublishedFile
 
 LONGEST_LISTING = 2**26
@@ -150,7 +151,7 @@ class Store:
 
 
 def model_files(files: list[str]) -> list[str]:
-    """What loading a model takes: its description, its tokenizer, and its weights in one form.
+    """What loading a model takes: its description and recipe, its tokenizer, and its weights in one form.
 
     Raises:
         DownloadError: if there are no weights.
@@ -159,7 +160,7 @@ def model_files(files: list[str]) -> list[str]:
     for ending in (".safetensors", ".pt", ".bin"):
         weights = [file for file in here if file.endswith(ending)]
         if weights:
-            return [*tokenizer_files(files), *weights]
+            return [*tokenizer_files(files), *(file for file in here if file == RECIPE), *weights]
     raise DownloadError(f"the repository holds no weights; its files are {', '.join(files[:20]) or 'none'}.")
 
 

@@ -382,6 +382,20 @@ def test_a_tokenizer_is_found_beside_the_weights_and_where_the_store_has_it(rele
     )
 
 
+@pytest.mark.parametrize("form", ["model.safetensors", "sparse_pretrain"])
+def test_a_released_model_is_saved_as_ours_and_comes_back_as_it_was(release, released_numpy, tmp_path, form):
+    if form == "sparse_pretrain":
+        config, weights, *_ = released_numpy.random_second(3)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors_of(weights), tmp_path / "model.safetensors")
+        model = load(tmp_path)
+    else:
+        model = load(write(tmp_path, *release(tied_unembed=True, d_pos_emb=2, pfrac=0.5, afrac=0.3)))
+    back = load(model.save(tmp_path / "ours"))
+    assert weights_sha256(back) == weights_sha256(model) and back.cfg == model.cfg
+    assert back.load_report.form == "sparse_interp" and not back.load_report.folded
+
+
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 

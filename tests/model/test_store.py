@@ -168,7 +168,7 @@ def test_offline_what_is_here_is_listed(serve):
 FORMS = {
     "released on the hub": ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"],
     "in parts": ["config.json", "model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors"],
-    "the second dialect": ["config.json", "pytorch_model.bin"],
+    "the second dialect": ["config.json", "pytorch_model.bin", "training_config.yaml"],
     "as in the store": ["beeg_config.json", "vocab.bpe", "encoder.json", "final_model.pt"],
     "ours": ["config.json", "tokenizer/tokenizer.json", "weights.safetensors", "means.safetensors", "card.json"],
 }
@@ -182,6 +182,7 @@ def test_of_a_repository_the_data_are_wanted_and_never_code(form):
         "README.md",
         "logs/old.safetensors",
         "logs/old.json",
+        "other.yaml",
         "run.sh",
         "x.pkl",
     ]
