@@ -77,15 +77,12 @@ def _drawn(circuit: Circuit, generator: torch.Generator) -> Iterator[Node]:
 
 
 def _drawn_heads(cfg: Shape, layer: int, queries: set[int], keys: set[int], order: list[int]) -> Iterator[Node]:
-    """The q and k of every channel moved together to another: first whole ones, then lone q, then lone k."""
-    heads = [([q in queries for q in queries_of(cfg, key)], key in keys) for key in range(len(order))]
-    heads = [head for head in heads if any(head[0]) or head[1]]
-    heads.sort(key=lambda head: (not any(head[0]), not head[1]))
-    for (chosen, with_key), channel in zip(heads, order, strict=False):
-        drawn = zip(queries_of(cfg, channel), chosen, strict=True)
-        yield from (Node(layer, "q", query) for query, is_drawn in drawn if is_drawn)
-        if with_key:
-            yield Node(layer, "k", channel)
+    """What the circuit has of the q and k that meet in a channel, moved together to the channel that `order` says."""
+    for channel, drawn in enumerate(order):
+        meeting = zip(queries_of(cfg, channel), queries_of(cfg, drawn), strict=True)
+        yield from (Node(layer, "q", there) for here, there in meeting if here in queries)
+        if channel in keys:
+            yield Node(layer, "k", drawn)
 
 
 def _shuffled(n: int, generator: torch.Generator) -> list[int]:

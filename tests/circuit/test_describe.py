@@ -158,6 +158,25 @@ def test_a_circuit_of_a_dense_model_is_described_and_drawn_as_that_of_ours(truth
     render_page(their_page)
 
 
+def test_a_key_of_grouped_queries_is_paid_what_its_heads_pay_on_average(make_bridge, truth, generator):
+    bridge, _ = make_bridge(n_kv=2)
+    batch = truth.task.batch(4, generator=generator)
+    nodes = [
+        Node(1, "q", 9),
+        Node(1, "k", 5),
+        Node(1, "v", 1),
+    ]  # q 9 is in head 2; k 5 in heads 2 and 3; v 1 in 0 and 1
+    known = describe(Circuit.of_nodes(bridge, nodes, mean_activations(bridge, batch.clean)), bridge, batch.clean, batch)
+    with torch.no_grad():
+        pattern = bridge.run_with_cache(batch.clean, attention_mask=batch.attention_mask)[1][
+            "blocks.1.attn.hook_pattern"
+        ]
+    edited = (batch.clean != batch.corrupt).int().argmax(1)
+    paid = pattern[torch.arange(4), :, batch.last, edited].mean(0)
+    expected = [float(paid[2]), float(paid[2:].mean()), float(paid[:2].mean())]
+    assert known.statistics.frame.attention_to_edit.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_partners_of_grouped_queries_are_named(make_bridge, tokens):
     bridge, _ = make_bridge(n_kv=2)
     circuit = Circuit.of_nodes(bridge, [Node(0, "k", 5), Node(0, "q", 13)], mean_activations(bridge, tokens))

@@ -1,13 +1,17 @@
 """find_circuit on models whose circuits are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparse_interp.circuit.find import find_circuit
+from sparse_interp.circuit.find import _units, find_circuit
 from sparse_interp.errors import CheckpointError, CircuitError
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import mean_activations, zero_values
 from sparse_interp.interventions.pruning import PruneConfig
+from sparse_interp.model.dense import hooked
+from sparse_interp.model.sites import Node
 from sparse_interp.tokenizer import tokenizer_hash
 
 QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
@@ -45,6 +49,16 @@ def test_the_circuit_of_a_hand_written_dense_model_is_recovered_in_a_bridge_as_i
     assert theirs.edges.equals(ours.edges) and theirs.n_edges == len(truth.edges)
     assert theirs.scores.value.tolist() == pytest.approx(ours.scores.value.tolist(), abs=1e-5)
     assert theirs.nodes.importance_nats.tolist() == pytest.approx(ours.nodes.importance_nats.tolist(), abs=1e-5)
+
+
+def test_a_key_and_the_queries_that_meet_it_are_dropped_in_one_piece(make_bridge):
+    """Four heads of queries and two of keys, four channels each: k 5 is met by q 9 and q 13."""
+    cfg = hooked(make_bridge(n_kv=2)[0]).cfg
+    both, key, lone = [Node(1, "q", 9), Node(1, "q", 13)], Node(1, "k", 5), [Node(1, "q", 8), Node(0, "neuron", 3)]
+    assert _units([*both, key, *lone], QUICK, cfg) == [(*both, key), (lone[0],), (lone[1],)]
+    assert _units([both[1], key], QUICK, cfg) == [(both[1], key)]
+    assert _units(both, QUICK, cfg) == [(both[0],), (both[1],)]
+    assert _units([*both, key], replace(QUICK, share_qk=False), cfg) == [(both[0],), (both[1],), (key,)]
 
 
 def test_means_that_nobody_kept_are_asked_for(truth, dense_truth):
