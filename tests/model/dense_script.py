@@ -260,12 +260,16 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
     from sparse_interp.interventions.ablation import ablate, mean_activations
     from sparse_interp.interventions.patching import Head, patch_direct_paths
     from sparse_interp.interventions.pruning import PruneConfig, learn_gates
+    from sparse_interp.model.dense import hooked
 
     tokens = torch.randint(ours.cfg.d_vocab, (3, 7), generator=torch.Generator().manual_seed(2))
     nodes = some_nodes(ours.cfg)
     found = {"logits": largest(theirs(tokens), ours(tokens))}
     here, there = seen_at_nodes(ours, tokens), seen_at_nodes(theirs, tokens)
     found["activations"] = max(largest(there[place], here[place]) for place in here)
+    stream = torch.randn(3, 7, ours.cfg.d_model, generator=torch.Generator().manual_seed(6))
+    runs = [[hooked(m)(stream, tokens=tokens, start_at_layer=layer) for layer in range(3)] for m in (theirs, ours)]
+    found["runs from a stream"] = max(largest(*pair) for pair in zip(*runs, strict=True))
     means, same_means = mean_activations(ours, tokens), mean_activations(theirs, tokens)
     found["means"] = max(largest(same_means[place], means[place]) for place in means.values)
     with ablate(ours, nodes, means), ablate(theirs, nodes, means):

@@ -1,6 +1,7 @@
 """Dense TransformerLens models as ours: what agrees with what, what is left alone, and what is refused."""
 
 import copy
+from collections import Counter
 from operator import attrgetter
 
 import pytest
@@ -11,7 +12,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import ablate, mean_activations, zero_values
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import Node, n_nodes, width
+from sparse_interp.model.sites import Node, n_nodes, places, width
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_nodes_circuits_and_audits_of_a_bridge_are_those_of_our_model_with_the_s
     errors = dense_script.against_ours(
         dense_script.our_model(shape, weights), dense_script.bridge(shape, weights), task
     )
-    assert len(errors) == 11 and not above(dense_script.BOUND, errors)
+    assert len(errors) == 12 and not above(dense_script.BOUND, errors)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,20 @@ def test_a_bridge_is_restored_even_when_the_block_raises_and_ablations_nest(make
             assert torch.equal(bridge(tokens), together)
 
 
+def test_asked_for_answers_a_bridge_passes_every_node_once(make_bridge, task):
+    from sparse_interp.interventions.pruning import answer_logits
+
+    bridge, _ = make_bridge()
+    model, batch = hooked(bridge), task.batch(4, generator=torch.Generator().manual_seed(0))
+    passed = Counter()
+    count = [(place.hook, lambda x, hook, place=place: passed.update([place])) for place in places(model.cfg)]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=count):
+        logits = answer_logits(model, batch)
+    assert passed == Counter(places(model.cfg))
+    rows = torch.arange(4)
+    torch.testing.assert_close(logits, bridge(batch.clean)[rows, batch.last])
+
+
 def test_a_bridge_that_is_training_goes_on_training(make_bridge, tokens):
     bridge = make_bridge()[0].train()
     mean_activations(bridge, tokens)
@@ -119,6 +134,69 @@ def test_a_circuit_of_a_bridge_is_saved_loaded_and_refused_by_other_weights(
         Circuit.load(path, other)
     with pytest.raises(CircuitError, match="k of layer 0 has 16 nodes in this model and .8,. values"):
         back.check_model(make_bridge(gated=True)[0])
+
+
+def test_a_circuit_of_ours_moves_to_a_bridge_of_the_same_shape(dense_script, tokens):
+    shape = dense_script.shape_of(50, norm="rms")
+    weights = dense_script.random_weights(shape)
+    ours, bridge = dense_script.our_model(shape, weights), dense_script.bridge(shape, weights)
+    circuit = Circuit.of_nodes(ours, dense_script.some_nodes(ours.cfg), mean_activations(ours, tokens))
+    moved = circuit.transplanted(bridge)
+    assert moved.edges.equals(circuit.edges) and moved.model_sha256 != circuit.model_sha256
+    with pytest.raises(CircuitError, match="Load the model it belongs to"), circuit.running(bridge):
+        pass
+
+
+def wrapped(kind, tokenizer, folder):
+    """A bridge around a Hugging Face model with random weights, made here and nowhere looked up."""
+    import transformers
+    from transformer_lens.model_bridge import TransformerBridge
+
+    size = {"vocab_size": len(tokenizer.get_vocab()), "attn_implementation": "eager"}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_positions=32, n_embd=12, n_layer=2, n_head=3, **size)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, **heads, **size)
+        model = transformers.LlamaForCausalLM(config)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=noise)
+    model.config.architectures = [type(model).__name__]
+    tokenizer.save_pretrained(folder)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    return TransformerBridge.boot_transformers(
+        kind, hf_model=model.eval(), tokenizer=loaded, device="cpu", dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
+def test_a_bridge_around_a_hugging_face_model_is_taken_too(dense_script, task, tmp_path, kind, folded):
+    from sparse_interp.interventions.pruning import answer_logits, stream_at
+
+    bridge = wrapped(kind, task.tokenizer, tmp_path)
+    if folded:
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    batch = task.batch(4, generator=torch.Generator().manual_seed(0))
+    cfg, means = hooked(bridge).cfg, mean_activations(bridge, batch.clean)
+    nodes = dense_script.some_nodes(cfg)
+    whole = Circuit.of_nodes(bridge, dense_script.some_nodes(cfg, 1.0), means)
+    with torch.no_grad():
+        before = bridge(batch.clean)
+        with whole.running(bridge):
+            assert torch.equal(bridge(batch.clean), before)
+        with ablate(bridge, nodes, means):
+            expected = bridge(batch.clean)[torch.arange(4), batch.last]
+            resumed = answer_logits(hooked(bridge), batch, stream_at(hooked(bridge), batch, 1), 1)
+    torch.testing.assert_close(resumed, expected)
+    assert not torch.allclose(expected, before[torch.arange(4), batch.last])
+    assert cfg.n_key_value_heads == (2 if kind == "llama" else None) and cfg.gated_mlp == (kind == "llama")
+    n_weights = sum(w.numel() for block in hooked(bridge).layers for part in (block.attn, block.mlp)
+                    for w in vars(part).values() if w is not None)  # fmt: skip
+    assert whole.n_edges == n_weights
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
