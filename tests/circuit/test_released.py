@@ -16,6 +16,7 @@ from sparse_interp.circuit.released import (
     answers_of_classes,
     likely_answers,
     loc_of,
+    losses_without,
     place_of,
     released_circuit,
     released_loss,
@@ -27,6 +28,7 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.controls import random_circuits
 from sparse_interp.faithfulness.scores import score_circuit
 from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.pruning import all_answer_logits
 from sparse_interp.model.sites import SITES, Node, places, width
 from sparse_interp.model.transformer import load
 from sparse_interp.tasks.task import TaskBatch
@@ -179,6 +181,21 @@ def test_a_released_circuit_is_kept_compared_and_controlled_like_any_other(publi
     with torch.no_grad(), circuit.running(model):
         run = model(batch.clean[1:2, : int(batch.lengths[1])])[:, -1]
     assert float(scores.circuit.logit_difference[0]) == pytest.approx(float(run[0, 4] - run[0, 2]), abs=1e-5)
+
+
+def test_layers_that_are_run_once_for_many_change_no_loss(published_yolo2):
+    """Groups within a layer, across layers, and none at all, beside the circuit run from its first layer every time."""
+    model, payload, means = opened(published_yolo2)
+    circuit = released_circuit(model, payload, means)
+    batch = released_prompts(payload.samples, answers_of_classes(payload.samples, 4, 2))
+    nodes = sorted(circuit.node_set)
+    groups = [nodes[-1:], [nodes[0], nodes[-1]], [], nodes[3:9]]
+    loss = lambda logits: released_loss(logits, batch).mean().item()
+    found = losses_without(model, circuit.kept, circuit.baseline, groups, batch, loss)
+    for group, together in zip(groups, found, strict=True):
+        rest = Circuit.of_nodes(model, circuit.node_set - set(group), circuit.baseline, sites=circuit.sites)
+        with torch.no_grad(), rest.running(model):
+            assert together == pytest.approx(loss(all_answer_logits(model, batch)), abs=1e-12)
 
 
 def test_means_of_ones_own_text_can_stand_in_for_the_published_ones(published_yolo2):
