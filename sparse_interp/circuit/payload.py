@@ -323,10 +323,10 @@ class _Reader:
                 raise self.wrong(f"{where} has {len(found[loc])} losses for {len(retained.get(loc, ()))} channels")
         return found
 
-    def pairs(self, value: Any) -> tuple[Pair, ...]:
+    def pairs(self, entries: Any) -> tuple[Pair, ...]:
         """Every pair once: ranks that repeat one have to agree."""
         found: dict[tuple, float] = {}
-        for entry in self._pair_entries(value):
+        for entry in self._pair_entries(entries):
             matrix, *ends, locs = self.sequence(entry, "an entry of pair_data", 4)
             source, target = (self.loc(loc, "pair_data") for loc in self.sequence(locs, "the locs of pair_data", 2))
             if (source.partition(".")[2], target.partition(".")[2]) not in PAIRED_LOCS:
@@ -335,12 +335,13 @@ class _Reader:
             sources, targets = (self._pair_channels(end, where) for end in ends)
             if not isinstance(matrix, Tensor) or matrix.numel() != len(sources) * len(targets):
                 raise self.wrong(f"{where} is {_kind(matrix)} for {len(sources)} and {len(targets)} channels")
-            for i, j in ((i, j) for i in range(len(sources)) for j in range(len(targets))):
-                if sources[i] is None or targets[j] is None:
+            if matrix.is_complex() or not bool(torch.isfinite(matrix).all()):
+                raise self.wrong(f"{where} holds what is no number")
+            ends_of_pairs = ((i, j) for i in sources for j in targets)
+            for (i, j), value in zip(ends_of_pairs, matrix.flatten().tolist(), strict=True):
+                if i is None or j is None:
                     continue  # what a bias does is no pair of nodes
-                ends_of_pair = (source, sources[i]), (target, targets[j])
-                number = self.number(matrix.reshape(len(sources), len(targets))[i, j], where)
-                if found.setdefault(ends_of_pair, number) != number:
+                if found.setdefault(((source, i), (target, j)), float(value)) != value:
                     self.notes.append(f"{where} is there more than once with different values; the first is kept")
         return tuple(Pair(source, target, number) for (source, target), number in found.items())
 

@@ -183,6 +183,11 @@ REFUSED = [
     (at("importances", "loc_interv_losses", "0.resid_in"), 1.0, "names no part of a model"),
     (at("importances", "pair_data"), [[np.eye(2), [2, 0], [1], ("0.attn.v", "0.attn.resid_delta")]], "for 2 and 1 ch"),
     (at("importances", "pair_data"), [[np.eye(1), [2], [1], ("0.attn.v", "0.attn.q")]], "which no weight does"),
+    (
+        at("importances", "pair_data"),
+        [[np.array([[np.nan]]), [2], [1], ("0.attn.v", "0.attn.resid_delta")]],
+        "holds what is no number",
+    ),
     (at("importances", "pair_data"), [[np.eye(1), [2], [1]]], "an entry of pair_data is a tensor"),
     (at("importances", "pair_data"), [[np.eye(1), ["b"], [1], ("0.attn.v", "0.attn.resid_delta")]], "is str; expected"),
     (at("importances", "task_samples"), (TOKENS[:3], {}), "as many of each class"),
