@@ -148,10 +148,16 @@ def read_model(folder: Path) -> StoredModel:
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
     tokenizer = _stored_tokenizer(config["tokenizer"], folder, cfg)
+    stored, entries = read_own(folder / WEIGHTS)
+    if cfg.n_layers > len(stored):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds {len(stored)} tensors, too few for the {cfg.n_layers} layers that "
+            f"{folder / CONFIG} describes."
+        )
     expected, table = cfg.weight_shapes(), config["bigram_table"]
     if table is not None:
         expected.pop("bigram_table", None)
-    unpacked, entries = _unpacked(folder / WEIGHTS, expected)
+    unpacked = _unpacked(stored, entries, expected, folder / WEIGHTS)
     tensors = {name: t.to(cfg.dtype) for name, t in unpacked.items()}
     if table is not None:
         tensors["bigram_table"] = _bundled_table(table).to(cfg.dtype)
@@ -309,11 +315,15 @@ def _packed(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> bytes:
     return own_bytes(stored, {"shapes": shapes, **entries})
 
 
-def _unpacked(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that `_packed` stored in `path`, if their names and shapes are those expected; the header entries."""
-    stored, metadata = read_own(path)
+def _unpacked(
+    stored: Mapping[str, Tensor],
+    entries: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
+    path: Path,
+) -> dict[str, Tensor]:
+    """The tensors that `_packed` stored in `path`, if their names and shapes are those expected."""
     try:
-        shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(metadata["shapes"]).items()}
+        shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(entries["shapes"]).items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not say the shapes of its tensors; save the model again.") from error
     present = {name.partition(":")[0] for name in stored}
@@ -330,7 +340,7 @@ def _unpacked(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict
             f"{path} does not hold the weights that {CONFIG} describes: {'; '.join(faults[:8])}{more}. "
             "The two files belong to different models, or the library has changed since."
         )
-    return {name: _tensor(stored, name, shape, path) for name, shape in expected.items()}, metadata
+    return {name: _tensor(stored, name, shape, path) for name, shape in expected.items()}
 
 
 def _tensor(stored: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:

@@ -248,6 +248,7 @@ def test_a_tensor_that_is_not_the_one_that_was_saved_is_named(folder):
         ),
         (lambda c: c.pop("weights_sha256"), CheckpointError, "lacks weights_sha256"),
         (lambda c: c["model"].update(density=0.0), ConfigError, "density=0.0"),
+        (lambda c: c["model"].update(n_layers=10**12), CheckpointError, "too few for the 1000000000000 layers"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused(folder, change, error, words):
