@@ -296,10 +296,11 @@ def _taken(source: TensorSource, key: str) -> Tensor:
 
 def _tokenizer(folder: Path, said: Translation, cache: Path | None) -> PreTrainedTokenizerBase | None:
     """The one that lies beside the weights, or where OpenAI's store has it."""
-    places = [folder, folder / TINYPYTHON, folder.resolve().parent.parent / TINYPYTHON]
+    named, places = said.cfg.tokenizer_name, [folder]
+    if named == "tinypython_2k":
+        places += [folder / TINYPYTHON, folder.resolve().parent.parent / TINYPYTHON]
     found = [place for place in places if (place / TOKENIZER_JSON).is_file() or (place / MERGES_BPE).is_file()]
     if not found:
-        named = said.cfg.tokenizer_name
         said.assumed["tokenizer"] = f"none lies beside the weights; {named or 'its own'} can be given as tokenizer="
         return None
     tokenizer = load_tokenizer(found[0])
