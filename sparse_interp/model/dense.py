@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -217,7 +217,6 @@ def _shape(cfg: Any) -> Shape:
     """What a TransformerLens config says, in our words."""
     norm = str(cfg.normalization_type).upper()
     final = "RMS" if getattr(cfg, "final_rms", False) else norm
-    n_key_value_heads = getattr(cfg, "n_key_value_heads", None)
     return Shape(
         model_name=cfg.model_name,
         n_layers=cfg.n_layers,
@@ -226,7 +225,7 @@ def _shape(cfg: Any) -> Shape:
         d_model=cfg.d_model,
         d_pos_emb=None,
         n_heads=cfg.n_heads,
-        n_key_value_heads=None if n_key_value_heads == cfg.n_heads else n_key_value_heads,
+        n_key_value_heads=getattr(cfg, "n_key_value_heads", None),
         d_head=cfg.d_head,
         d_mlp=cfg.d_mlp,
         gated_mlp=bool(getattr(cfg, "gated_mlp", False)),
@@ -285,8 +284,8 @@ def _through_hook_in(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]
 # -- proof that hook points and weights belong together ---------------------------------------------------------------
 
 
-class _Noise:
-    """A run in which every node outside the sites `spared` is noise, the same noise in every run."""
+class _Run(NamedTuple):
+    """What a run with noise at its nodes showed."""
 
     came: dict[str, Tensor]
     """What came to each hook point."""
@@ -297,39 +296,36 @@ class _Noise:
     logits: Logits
     """Where the run ended."""
 
-    def __init__(self, model: DenseModel, tokens: Tokens, spared: tuple[str, ...] = ()):
-        self.came, self.left = {}, {}
-        generator = torch.Generator().manual_seed(0)
-        noise = {
-            place.hook: None if place.site in spared else drawn
-            for place in places(model.cfg)
-            for drawn in [torch.randn(*tokens.shape, width(model.cfg, place.site), generator=generator)]
-        }
 
-        def through(activation: Tensor, hook: HookPoint, name: str) -> Tensor | None:
-            if name in self.came:
-                raise _refusal(model.tl, f"{name} fires more than once in a run")
-            self.came[name] = self.left[name] = activation
-            drawn = noise.get(name)
-            if drawn is None:
-                return None
-            if flat(activation).shape != drawn.shape:
-                raise _refusal(
-                    model.tl,
-                    f"{name} has shape {list(activation.shape)}, and its config speaks of {drawn.shape[-1]} channels",
-                )
-            self.left[name] = drawn.to(activation).view_as(activation)
-            return self.left[name]
+def _noisy(model: DenseModel, tokens: Tokens, spared: str = "") -> _Run:
+    """A run in which every node outside the site `spared` is noise, the same noise in every run."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {p: torch.randn(*tokens.shape, width(model.cfg, p.site), generator=generator) for p in places(model.cfg)}
+    noise = {place.hook: values for place, values in drawn.items() if place.site != spared}
+    came, left = {}, {}
 
-        names = _points(model.cfg)
-        missing = [name for name in names if name not in model.tl.hook_dict]
-        if missing:
-            raise _refusal(model.tl, f"it has no hook point {missing[0]}")
-        with model.hooks([(name, partial(through, name=name)) for name in names]):
-            self.logits = model(tokens)
-        silent = [name for name in names if name not in self.came]
-        if silent:
-            raise _refusal(model.tl, f"{silent[0]} does not fire")
+    def through(activation: Tensor, hook: HookPoint, name: str) -> Tensor | None:
+        if name in came:
+            raise _refusal(model.tl, f"{name} fires more than once in a run")
+        came[name] = left[name] = activation
+        if name not in noise:
+            return None
+        if flat(activation).shape != noise[name].shape:
+            shape, n = list(activation.shape), noise[name].shape[-1]
+            raise _refusal(model.tl, f"{name} has shape {shape}, and its config speaks of {n} channels")
+        left[name] = noise[name].to(activation).view_as(activation)
+        return left[name]
+
+    names, there = _points(model.cfg), model.tl.hook_dict
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise _refusal(model.tl, f"it has no hook point {missing[0]}")
+    with model.hooks([(name, partial(through, name=name)) for name in names]):
+        logits = model(tokens)
+    silent = [name for name in names if name not in came]
+    if silent:
+        raise _refusal(model.tl, f"{silent[0]} does not fire")
+    return _Run(came, left, logits)
 
 
 def _points(cfg: Shape) -> list[str]:
@@ -360,21 +356,21 @@ def _prove(model: DenseModel) -> None:
     n = min(4, model.cfg.n_ctx)
     tokens = (torch.arange(2 * n) % model.cfg.d_vocab).view(2, n).to(model.embed.W_E.device)
     with evaluating(model), _nobody_listening(model.tl):
-        noisy = _Noise(model, tokens)
+        noisy = _noisy(model, tokens)
         for sentence, found, expected in _statements(model, tokens, noisy):
             error = float((found - expected).abs().max())
             bound = torch.finfo(found.dtype).eps ** 0.5 * max(1.0, float(expected.abs().max()))
             if not error <= bound:
                 raise _refusal(model.tl, f"it is not true that {sentence} (off by {error:.2g}, bound {bound:.2g})")
         for site in ("q", "k"):
-            spared = _Noise(model, tokens, spared=(site,))
+            spared = _noisy(model, tokens, spared=site)
             for layer in range(model.cfg.n_layers):
                 name = sites.PATTERN_HOOK.format(layer=layer)
                 if torch.equal(spared.came[name], noisy.came[name]):
                     raise _refusal(model.tl, f"what is written to {SITES[site].at(layer)} does not reach the pattern")
 
 
-def _statements(model: DenseModel, tokens: Tokens, noisy: _Noise) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _statements(model: DenseModel, tokens: Tokens, noisy: _Run) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What has to be true, in words, and its two sides."""
     came, left = noisy.came, noisy.left
     read = left[SITES["final_read"].hook]
@@ -389,6 +385,8 @@ def _statements(model: DenseModel, tokens: Tokens, noisy: _Noise) -> Iterator[tu
             _steps(normed),
         )
     yield "the embedding is a row of W_E", came[sites.EMBED_HOOK], model.embed.W_E[tokens]
+    beside = came[sites.RESID_PRE_HOOK.format(layer=0)] - came[sites.EMBED_HOOK]
+    yield "the stream begins with the embedding, and beside it what positions say", beside[0], beside[1]
     for layer, block in enumerate(model.layers):
         at = {name: hook.format(layer=layer) for name, hook in _HOOKS.items()}
         for wire in wires(model.cfg):

@@ -60,6 +60,16 @@ def test_our_model_and_one_that_was_adapted_are_left_as_they_are(plain_model, ma
     assert hooked(hooked(bridge)).tl is bridge
 
 
+def test_a_model_is_tried_out_once(make_bridge):
+    bridge, _ = make_bridge()
+    runs = []
+    bridge.unembed.register_forward_hook(lambda *_: runs.append(1))
+    hooked(bridge)
+    n_runs = len(runs)
+    zero_values(bridge)
+    assert len(runs) == n_runs > 0
+
+
 def test_nodes_are_counted_with_as_many_key_heads_as_there_are(make_bridge):
     cfg = hooked(make_bridge(n_kv=2)[0]).cfg
     assert [width(cfg, site) for site in ("q", "k", "v")] == [16, 8, 8]
