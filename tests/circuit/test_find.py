@@ -15,7 +15,7 @@ from sparse_interp.model.sites import Node
 from sparse_interp.tokenizer import tokenizer_hash
 
 QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
-QUICKER = PruneConfig(n_train=60, n_selection=36, n_steps=60, batch_size=16)
+QUICKER = PruneConfig(n_train=60, n_selection=36, n_steps=40, batch_size=16)
 
 
 def searched(truth, seed=0, config=QUICK):
