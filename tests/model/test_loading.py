@@ -37,6 +37,16 @@ def test_what_save_wrote_comes_back_bit_for_bit_in_eval_mode_on_the_cpu(gained):
     assert all(p.requires_grad for p in back.parameters())
 
 
+def test_loading_draws_nothing(gained, monkeypatch):
+    _, folder = gained()
+
+    def drawn(*_, **__):
+        raise AssertionError("a weight was drawn")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    load(folder)
+
+
 def test_loading_keeps_untrained_biases_untrained(gained):
     _, folder = gained(bias=False)
     assert not load(folder).blocks[0].attn.b_O.requires_grad

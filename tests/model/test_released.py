@@ -321,6 +321,16 @@ def test_another_folder_is_of_no_published_form(tmp_path):
         read_released(tmp_path)
 
 
+def test_the_gain_of_the_last_norm_is_folded_unless_told_otherwise(release, tmp_path):
+    config, weights = release(rms_norm=False)
+    folder, gain = write(tmp_path, config, weights), torch.from_numpy(weights["transformer.ln_f.weight"])
+    folded, whole = load(folder), load(folder, fold_ln_final=False)
+    assert torch.equal(folded.ln_final.w, torch.ones(6)) and not folded.ln_final.b.any()
+    assert torch.equal(whole.ln_final.w, gain) and whole.ln_final.b.any()
+    assert torch.equal(folded.W_U, gain[:, None] * whole.W_U)
+    assert "b_U" in folded.load_report.folded["ln_final"] and not whole.load_report.folded
+
+
 # -- what is left behind, and what is never run -----------------------------------------------------------------------
 
 
