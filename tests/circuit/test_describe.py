@@ -311,3 +311,13 @@ def test_tables_hold_what_they_promise(plain_model, some_nodes, zero, text_block
     for table in (known.statistics, known.contexts, known.effects, known.reads):
         assert isinstance(table.frame, pd.DataFrame) and set(table.columns) <= set(table.frame.columns)
         assert str(table)
+
+
+def test_a_channel_of_the_last_stream_does_what_a_write_into_it_does(any_model):
+    here, written = Node(1, "final_resid", 3), Node(1, "mlp_write", 3)
+    effects = direct_effects(any_model, [here, written, Node(2, "final_read", 3)], scale=2.0)
+    assert torch.allclose(effects[0], effects[1], atol=1e-6) and effects[0].any()
+    if any_model.cfg.norm != "none":
+        assert not torch.allclose(effects[0], effects[2]), "the last norm lies between"
+    writes = embedding_writes(any_model, [here, Node(0, "attn_read", 3)])
+    assert torch.equal(writes[0], writes[1]) and writes[0].any()
