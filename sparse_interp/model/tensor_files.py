@@ -81,9 +81,22 @@ class TensorSource:
 
 
 def own_bytes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> bytes:
-    """A safetensors file with these tensors and header entries, and the sums by which `read_own` knows them."""
+    """A safetensors file with these tensors and header entries, and the sums by which `read_own` knows them.
+
+    The same contents give the same bytes.
+    """
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return safetensors_bytes(whole, _with_sums(whole, entries))
+    return _with_ordered_entries(safetensors_bytes(whole, _with_sums(whole, entries)))
+
+
+def _with_ordered_entries(file: bytes) -> bytes:
+    """The same safetensors file with its header entries by name: the library writes them in a random order."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + file[start:]
 
 
 def read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -64,6 +64,11 @@ def test_what_was_written_comes_back_with_its_header_entries(tmp_path):
     assert same(tensors, TENSORS) and entries == {"kind": "test"}
 
 
+def test_the_same_contents_give_the_same_bytes():
+    entries = {"kind": "test", "shapes": "{}", "config": "é"}
+    assert len({own_bytes(TENSORS, entries) for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
