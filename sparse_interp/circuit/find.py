@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import Masks
+from sparse_interp.interventions.ablation import Masks, less
 from sparse_interp.interventions.pruning import (
     GateSearch,
     PruneConfig,
@@ -27,7 +27,7 @@ from sparse_interp.interventions.pruning import (
 )
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeValues, Place, key_of, masks, queries_of
+from sparse_interp.model.sites import Node, NodeValues, key_of, masks, queries_of
 from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
@@ -158,22 +158,12 @@ def _knock_outs(
     by_layer: dict[int, list[int]] = {}
     for i, unit in enumerate(units):
         by_layer.setdefault(unit[0].layer, []).append(i)
-    without = {layer: [_less(kept, units[i]) for i in members] for layer, members in by_layer.items()}
+    without = {layer: [less(kept, units[i]) for i in members] for layer, members in by_layer.items()}
     costs = selection.knock_outs(kept, without, KNOCK_OUT_EVERY)
     bar = tqdm(costs, total=len(units), disable=not progress, desc=title, unit="node")
     order = [i for layer in sorted(by_layer) for i in by_layer[layer]]
     found = dict(zip(order, bar, strict=True))
     return [found[i] for i in range(len(units))]
-
-
-def _less(kept: Masks, unit: Iterable[Node]) -> Masks:
-    """`kept` without the nodes of `unit`."""
-    fewer = dict(kept)
-    for node in unit:
-        place = Place(node.layer, node.site)
-        fewer[place] = fewer[place].clone()
-        fewer[place][node.channel] = False
-    return fewer
 
 
 def _scores(

@@ -31,7 +31,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.payload import Means, Payload, Snippet, TaskSamples
 from sparse_interp.circuit.pictures import PAIR_VALUE
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import Masks, holding_hooks
+from sparse_interp.interventions.ablation import Masks, holding_hooks, less
 from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits, answer_logits, stream_at
 from sparse_interp.model.released import HOOKS
 from sparse_interp.model.sites import FINAL_RESID, SITES, Node, NodeValues, Place, check_nodes, flat, places, width
@@ -375,21 +375,11 @@ def losses_without(
             with model.hooks(fwd_hooks=holding_hooks(kept, baseline)):
                 streams = [stream_at(model, chunk, layer) if layer else None for chunk in chunks]
             for i in (i for i, start in enumerate(first) if start == layer):
-                with model.hooks(fwd_hooks=holding_hooks(_without(kept, groups[i]), baseline)):
+                with model.hooks(fwd_hooks=holding_hooks(less(kept, groups[i]), baseline)):
                     parts = [answer_logits(model, c, s, layer) for c, s in zip(chunks, streams, strict=True)]
                 found[i] = loss(torch.cat(parts))
                 bar.update()
     return found
-
-
-def _without(kept: Masks, nodes: Iterable[Node]) -> Masks:
-    """`kept` without `nodes`."""
-    fewer = dict(kept)
-    for node in nodes:
-        place = Place(node.layer, node.site)
-        fewer[place] = fewer[place].clone()
-        fewer[place][node.channel] = False
-    return fewer
 
 
 def _activation_rows(

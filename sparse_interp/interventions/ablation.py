@@ -76,6 +76,16 @@ def hold(kept: Bool[Tensor, " width"], values: Float[Tensor, " width"]) -> Calla
     return hook
 
 
+def less(kept: Masks, nodes: Iterable[Node]) -> Masks:
+    """`kept` without `nodes`; what was given stays as it is."""
+    fewer = dict(kept)
+    for node in nodes:
+        place = Place(node.layer, node.site)
+        fewer[place] = fewer[place].clone()
+        fewer[place][node.channel] = False
+    return fewer
+
+
 def holding_hooks(kept: Masks, values: NodeValues) -> FwdHooks:
     """Forward hooks that hold every node outside `kept` at its value; places that keep everything get none."""
     return [(place.hook, hold(mask, values[place])) for place, mask in kept.items() if not bool(mask.all())]
