@@ -8,6 +8,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -515,6 +516,17 @@ def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
     assert all(len(seen) == 1 for seen in heights.values())
     for i, a in enumerate(drawn):
         assert all(math.hypot(a["x"] - b["x"], a["y"] - b["y"]) > 11 for b in drawn[:i])
+
+
+@pytest.mark.parametrize("n_layers", [2, 12])
+def test_no_two_layer_names_touch(show, n_layers):
+    per_site = {site: int(site in ("attn_read", "attn_write", "mlp_read")) for site in page_module.SITES}
+    boxes = show(circuit_page(n_layers, per_site, n_rails=9, share=0.45)).js(
+        "[...document.querySelectorAll('.graph .block-name')].map((t) => t.getBoundingClientRect())"
+        ".map((b) => [b.left, b.right])"
+    )
+    assert len(boxes) >= n_layers
+    assert all(left > right for (_, right), (left, _) in pairwise(boxes))
 
 
 def test_a_missing_audit_is_announced_before_anything_else(show):

@@ -275,11 +275,11 @@ function outline(vertex, extra) {
 /** Layer and column names over the graph: they follow sideways and zoom, never up and down. */
 function drawHeading(group, layout, { x, k }, width) {
   const across = (value) => x + k * value;
-  const short = layout.blocks.some((block) => blockName(block, false).length * 7.4 > block.width * k);
+  const named = blockNames(layout.blocks, k);
   group.selectAll("rect").data([0]).join("rect").attr("class", "strip").attr("width", width).attr("height", HEADER_HEIGHT);
-  group.selectAll("text.block-name").data(layout.blocks).join("text").attr("class", "block-name")
-    .attr("x", (b) => across(b.x + b.width / 2)).attr("y", 18)
-    .text((b) => blockName(b, short));
+  group.selectAll("text.block-name").data(named).join("text").attr("class", "block-name")
+    .attr("x", ({ block }) => across(middle(block))).attr("y", 18)
+    .text(({ name }) => name);
   group.selectAll("line").data(layout.blocks).join("line").attr("class", (b) => `bracket ${b.kind}`)
     .attr("x1", (b) => across(b.x)).attr("x2", (b) => across(b.x + b.width)).attr("y1", 25).attr("y2", 25);
   group.selectAll("text.column-name").data(layout.columns).join("text").attr("class", "column-name")
@@ -292,8 +292,23 @@ function columnName(column, room) {
   return names.find((name) => name.length * 6.2 < room) || "";
 }
 
-/** One style for all of them: two spellings side by side would look like two meanings. */
-function blockName(block, short) {
-  if (!short) return `Layer ${block.layer} · ${block.kind}`;
-  return `L${block.layer} ${block.kind === "attention" ? "attn" : "MLP"}`;
+const BLOCK_NAMES = [
+  (block) => `Layer ${block.layer} · ${block.kind}`,
+  (block) => `L${block.layer} ${block.kind === "attention" ? "attn" : "MLP"}`,
+  (block) => `L${block.layer} ${block.kind === "attention" ? "A" : "M"}`,
+];
+
+/** The longest style in which no name touches the next, one for all: two spellings side by side would look like two
+ * meanings. In the shortest, a name that would touch the one before it is left out until there is room. */
+function blockNames(blocks, k) {
+  const touches = (style) => (a, b) => (middle(b) - middle(a)) * k < 8.2 * (style(a).length + style(b).length) / 2;
+  const fits = (style) => blocks.every((block, i) => i === 0 || !touches(style)(blocks[i - 1], block));
+  const style = BLOCK_NAMES.find(fits) || BLOCK_NAMES.at(-1);
+  const shown = [];
+  for (const block of blocks) if (!shown.length || !touches(style)(shown.at(-1), block)) shown.push(block);
+  return shown.map((block) => ({ block, name: style(block) }));
+}
+
+function middle(block) {
+  return block.x + block.width / 2;
 }
