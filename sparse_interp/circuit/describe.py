@@ -32,7 +32,7 @@ from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, evaluating
-from sparse_interp.interventions.pruning import both_sides
+from sparse_interp.interventions.answers import both_sides
 from sparse_interp.model.config import Shape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import (

@@ -30,7 +30,7 @@ from sparse_interp.circuit.released import (
 )
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, holding_hooks
-from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.model.publishing import archive_bytes, published_config, write_files
 from sparse_interp.model.sites import FINAL_READ, WIRES, Node, NodeValues, Place, places, width
 from sparse_interp.model.text import evaluating

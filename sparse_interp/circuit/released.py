@@ -32,7 +32,7 @@ from sparse_interp.circuit.payload import Means, Payload, Snippet, TaskSamples
 from sparse_interp.circuit.pictures import PAIR_VALUE
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, holding_hooks, less
-from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits, answer_logits, stream_at
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, stream_at
 from sparse_interp.model.released import HOOKS
 from sparse_interp.model.sites import FINAL_RESID, SITES, Node, NodeValues, Place, check_nodes, flat, places, width
 from sparse_interp.model.text import evaluating

@@ -25,7 +25,7 @@ from sparse_interp.axes import PerPrompt
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.interventions.ablation import evaluating, holding_hooks
-from sparse_interp.interventions.pruning import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
 from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.results import Interval, bootstrap_interval
 from sparse_interp.tasks.task import TaskBatch, answer_loss, is_argmax, is_correct, kl_divergence, logit_difference

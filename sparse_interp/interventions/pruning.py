@@ -29,11 +29,18 @@ from transformer_lens.hook_points import HookPoint
 from sparse_interp.axes import Resid
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, evaluating, holding_hooks
+from sparse_interp.interventions.answers import (
+    AnswerLogits,
+    all_answer_logits,
+    answer_logits,
+    both_sides,
+    frozen,
+    stream_at,
+)
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, group_size, places, queries_of, width
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
 
-AnswerLogits = Float[Tensor, "batch d_vocab"]
 OBJECTIVES = ("agreement", "task_loss")
 TAU_RANGE = (-1.0, 1.5)
 
@@ -108,36 +115,6 @@ class PruneConfig:
             raise ConfigError(f"sites={self.sites}: expected some of {', '.join(NODE_SITES)}.")
         if self.share_qk and ("q" in self.sites) != ("k" in self.sites):
             raise ConfigError("share_qk needs q and k both among sites, or neither; set share_qk=False.")
-
-
-def answer_logits(model: HookedModel, batch: TaskBatch, resid: Resid | None = None, layer: int = 0) -> AnswerLogits:
-    """The model's logits at each prompt's answer position, nothing unembedded elsewhere.
-
-    With `resid`, the stream that enters `layer` as `stream_at` gives it, the blocks before are not run again.
-    """
-    if layer < model.cfg.n_layers or resid is None:
-        resid = stream_at(model, batch, model.cfg.n_layers, resid, layer)
-    device = model.embed.W_E.device
-    rows, last = torch.arange(len(batch), device=device), batch.last.to(device)
-    here = {"tokens": batch.clean.to(device)[rows, last][:, None], "start_at_layer": model.cfg.n_layers}
-    return model(resid[rows, last][:, None], **here)[:, 0]
-
-
-def stream_at(model: HookedModel, batch: TaskBatch, stop: int, resid: Resid | None = None, layer: int = 0) -> Resid:
-    """The residual stream that enters block `stop` on the clean prompts, cut to the longest of them."""
-    device = model.embed.W_E.device
-    tokens = batch.clean[:, : int(batch.lengths.max())].to(device)
-    causal = model.cfg.attention_dir == "causal"  # padding on the right is then never seen from the answer position
-    mask = None if causal else batch.attention_mask[:, : tokens.shape[1]].to(device)
-    if resid is None:
-        return model(tokens, attention_mask=mask, stop_at_layer=stop)
-    return model(resid, tokens=tokens, attention_mask=mask, start_at_layer=layer, stop_at_layer=stop)
-
-
-def both_sides(batch: TaskBatch) -> TaskBatch:
-    """Every pair twice: once with each of its prompts as the clean one."""
-    other = batch.swapped()
-    return TaskBatch(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(batch).items()})
 
 
 class _Gate(torch.autograd.Function):
@@ -288,7 +265,7 @@ def learn_gates(
     taus = list(gates.tau.values())
     optimizer = torch.optim.AdamW(taus, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     history, price = [], _Price(config)
-    with evaluating(model), _frozen(model):
+    with evaluating(model), frozen(model):
         reference = all_answer_logits(model, batch)
         steps = tqdm(range(config.n_steps), disable=not progress, desc="gates", unit="step")
         for step, rows in zip(steps, _draws(pairs.lengths, config, generator), strict=False):
@@ -351,29 +328,6 @@ def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.
             batches = pool[lengths[pool].argsort(stable=True)].split(config.batch_size)
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 yield torch.cat([batches[i], batches[i] + n_pairs])
-
-
-class _frozen:
-    """Inside the block no parameter asks for a gradient."""
-
-    def __init__(self, model: HookedModel):
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for p in self.trained:
-            p.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for p in self.trained:
-            p.requires_grad_(True)
-
-
-@torch.no_grad()
-def all_answer_logits(model: HookedModel, batch: TaskBatch, size: int = 128) -> AnswerLogits:
-    """`answer_logits` of a batch of any size: prompts of like length run together, so that little is padding."""
-    order = batch.lengths.argsort(stable=True).cpu()
-    parts = [answer_logits(model, batch.rows(rows)) for rows in order.split(size)]
-    return torch.cat(parts)[order.argsort()]
 
 
 @dataclass(frozen=True)

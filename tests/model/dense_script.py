@@ -303,7 +303,7 @@ def against_reference(shape, weights, theirs, task) -> dict[str, float]:
     """Largest differences between a model and the arithmetic above, whole, ablated, as a circuit, and resumed."""
     from sparse_interp.circuit.graph import Circuit
     from sparse_interp.interventions.ablation import ablate, mean_activations
-    from sparse_interp.interventions.pruning import answer_logits, stream_at
+    from sparse_interp.interventions.answers import answer_logits, stream_at
     from sparse_interp.model.dense import hooked
     from sparse_interp.model.sites import masks
 

@@ -106,7 +106,7 @@ def test_a_bridge_is_restored_even_when_the_block_raises_and_ablations_nest(make
 
 
 def test_asked_for_answers_a_bridge_passes_every_node_once(make_bridge, task):
-    from sparse_interp.interventions.pruning import answer_logits
+    from sparse_interp.interventions.answers import answer_logits
 
     bridge, _ = make_bridge()
     model, batch = hooked(bridge), task.batch(4, generator=torch.Generator().manual_seed(0))
@@ -185,7 +185,7 @@ def wrapped(kind, tokenizer, folder):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
 def test_a_bridge_around_a_hugging_face_model_is_taken_too(dense_script, task, tmp_path, kind, folded):
-    from sparse_interp.interventions.pruning import answer_logits, stream_at
+    from sparse_interp.interventions.answers import answer_logits, stream_at
 
     bridge = wrapped(kind, task.tokenizer, tmp_path)
     if folded:
