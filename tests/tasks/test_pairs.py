@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_interp.errors import TaskError
-from sparse_interp.faithfulness.ground_truth import word_tokenizer
+from sparse_interp.faithfulness.draft import word_tokenizer
 from sparse_interp.tasks.pairs import Candidate, PairList, encode, first_difference_of
 from sparse_interp.tasks.task import Task
 
