@@ -17,8 +17,9 @@ write nothing to the stream; for reads the tokens whose embeddings write the cha
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -28,6 +29,8 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import Tokens
+from sparse_interp.circuit.drives import ByGroup, SentenceTable, Text, TokenTable, WireTable, token_rows, wire_table
+from sparse_interp.circuit.drives import sentences as sentences_of
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
@@ -38,6 +41,7 @@ from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import (
     FINAL_SCALE_HOOK,
     PATTERN_HOOK,
+    RESID_PRE_HOOK,
     SITES,
     Node,
     Place,
@@ -66,9 +70,6 @@ N_TOKENS_IN, N_TOKENS_OUT = 6, 8
 
 N_WRITERS = 5
 """Tokens that the page lists as writers of a read's channel."""
-
-Text = Callable[[int], str]
-"""Token id -> its text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +114,18 @@ class ReadTable(Table):
 
 @dataclass(frozen=True, eq=False)
 class StatisticsTable(Table):
-    """One row per node: its `mean`, `nonzero_frac` and `at_first_token` on text; on the task, by how much the two
-    prompts of a pair differ in it at the changed token and at the last one (`change_at_edit`, `change_at_last`, mean
-    absolute difference); and for q, k and v the `attention_to_edit` that the last token pays the changed one.
+    """One row per node: its `mean`, `nonzero_frac`, `at_first_token` and `spread` (standard deviation over positions)
+    on text, and the shares of its variance there that go with the token at hand, the token before it and the position;
+    on the task, its `spread_on_task`, by how much the two prompts of a pair differ in it at the changed token and at
+    the last one (`change_at_edit`, `change_at_last`, mean absolute difference); and for q, k and v the
+    `attention_to_edit` that the last token pays the changed one.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
         "node", "layer", "site", "channel", "head", "baseline", "importance_nats",
-        "mean", "nonzero_frac", "at_first_token", "change_at_edit", "change_at_last", "attention_to_edit")  # fmt: skip
+        "mean", "nonzero_frac", "at_first_token", "spread",
+        "explained_by_current", "explained_by_previous", "explained_by_position",
+        "spread_on_task", "change_at_edit", "change_at_last", "attention_to_edit")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,15 @@ class Description:
 
     reads: ReadTable
     """Which tokens write the channels that reads read."""
+
+    wires: WireTable
+    """Which kept nodes drive each node, and where it writes: spread is over the task's prompts, without them text."""
+
+    tokens: TokenTable
+    """At which tokens, and after which, each node is high or low on text."""
+
+    sentences: SentenceTable
+    """The largest numbers of all this in a sentence per node."""
 
 
 def describe(
@@ -166,23 +180,34 @@ def describe(
     """
     model = hooked(model)
     circuit.check_model(model)
-    nodes = in_order(circuit)
-    text = token_text(model)
-    contexts, sums, scale = _watched(model, nodes, blocks, None, n_contexts, text, "text", progress)
-    if batch is not None:
-        sides = both_sides(batch)
-        mask = sides.attention_mask
-        on_task, _, scale = _watched(model, nodes, sides.clean, mask, max(1, n_contexts // 2), text, "task", False)
-        contexts = pd.concat([on_task, contexts], ignore_index=True)
+    nodes, text = in_order(circuit), token_text(model)
+    names = [str(node) for node in nodes]
+    on_text = _watched(model, nodes, blocks, None, n_contexts, text, "text", progress)
+    last = on_text if batch is None else _on_task(model, nodes, batch, max(1, n_contexts // 2), text)
+    contexts = [on_text.contexts] if batch is None else [last.contexts, on_text.contexts]
+    spread_on_task = math.nan if batch is None else last.sums["spread"]
     statistics = circuit.nodes[["layer", "site", "channel", "head", "baseline", "importance_nats"]].assign(
-        node=[str(node) for node in nodes], **sums, **_task_changes(model, nodes, batch)
-    )
+        node=names, **on_text.sums, **on_text.explained, spread_on_task=spread_on_task,
+        **_task_changes(model, nodes, batch),
+    )  # fmt: skip
+    effects = _strongest(direct_effects(model, nodes, last.scale), nodes, text, n_tokens, "effect")
+    wires = wire_table(circuit, dict(zip(names, last.sums["spread"], strict=True)), last.at_embedding)
+    told = [row for by in ("current", "previous") for row in token_rows(by, on_text.by[by], nodes, text, n_tokens)]
+    tokens = TokenTable(pd.DataFrame(told, columns=list(TokenTable.columns)))
     return Description(
         StatisticsTable(statistics[list(StatisticsTable.columns)]),
-        ContextTable(contexts),
-        EffectTable(_strongest(direct_effects(model, nodes, scale), nodes, text, n_tokens, "effect")),
+        ContextTable(pd.concat(contexts, ignore_index=True)),
+        EffectTable(effects),
         ReadTable(_strongest(embedding_writes(model, nodes), nodes, text, n_tokens, "weight")),
+        wires,
+        tokens,
+        sentences_of(statistics, wires, tokens, effects, model.cfg.d_head),
     )
+
+
+def _on_task(model: HookedModel, nodes: Sequence[Node], batch: TaskBatch, n: int, text: Text) -> "_Watched":
+    sides = both_sides(batch)
+    return _watched(model, nodes, sides.clean, sides.attention_mask, n, text, "task", False)
 
 
 def in_order(circuit: Circuit) -> list[Node]:
@@ -286,6 +311,30 @@ class _Strongest:
         return pd.DataFrame(found, columns=list(ContextTable.columns))
 
 
+class _Watched(NamedTuple):
+    """What one pass over tokens showed."""
+
+    contexts: pd.DataFrame
+    """Rows of a ContextTable."""
+
+    sums: dict[str, list[float]]
+    """Mean, share of tokens that are not zero, mean at the first token, and standard deviation, of every node."""
+
+    by: dict[str, ByGroup]
+    """Activations by the token at hand, the token before it, and the position."""
+
+    at_embedding: dict[str, float]
+    """For every read, the standard deviation of its channel as the stream enters the first block."""
+
+    scale: float
+    """Denominator of the final norm, at the last tokens where there is a mask."""
+
+    @property
+    def explained(self) -> dict[str, list[float]]:
+        """The shares of every node's variance that go with each of them."""
+        return {f"explained_by_{by}": groups.explained.tolist() for by, groups in self.by.items()}
+
+
 def _watched(
     model: HookedModel,
     nodes: Sequence[Node],
@@ -295,38 +344,76 @@ def _watched(
     text: Text,
     source: str,
     progress: bool,
-) -> tuple[pd.DataFrame, dict[str, list[float]], float]:
-    """One pass: contexts, sums over tokens, and the final norm's scale (at the last tokens, where there is a mask)."""
+) -> _Watched:
+    """One pass over `tokens`."""
     if len(tokens) == 0:
         raise CircuitError("a description needs at least one block of tokens, and there are none.")
+    tokens = tokens.cpu()
     real = torch.ones_like(tokens) if attention_mask is None else attention_mask
-    lengths = real.sum(1)
+    lengths, n_real = real.sum(1), int(real.sum())
     strongest, row = _Strongest(len(nodes), n), 0
-    total, nonzero, first = (torch.zeros(len(nodes), dtype=torch.float64) for _ in range(3))
-    inverse_scales: list[Tensor] = []
-
-    def note_scale(scale: Tensor, hook: HookPoint) -> None:
-        inverse_scales.append(scale[:, :, 0].detach().float().reciprocal().cpu())
-
-    norm_hooks: FwdHooks = []
-    if model.cfg.norm != "none":
-        norm_hooks = [(FINAL_SCALE_HOOK, note_scale)]
-    with model.hooks(fwd_hooks=norm_hooks):
+    total, nonzero, first, squares = (torch.zeros(len(nodes), dtype=torch.float64) for _ in range(4))
+    previous = torch.cat([tokens[:, :1], tokens[:, :-1]], 1)
+    groups = {"current": tokens, "previous": previous, "position": torch.arange(tokens.shape[1]).expand_as(tokens)}
+    by = {name: ByGroup(codes, len(nodes)) for name, codes in groups.items()}
+    with _watching_ends(model) as ends:
         for values in activations(model, nodes, tokens, attention_mask, progress=progress):
             rows = slice(row, row + len(values))
             strongest.add(values, real[rows], row)
+            later = real[rows].bool()
+            later[:, 0] = False
+            for group in by.values():
+                group.add(values, later, row)
             shown = values.double() * real[rows, :, None]
             total, nonzero = total + shown.sum((0, 1)), nonzero + (shown != 0).double().sum((0, 1))
-            first, row = first + shown[:, 0].sum(0), row + len(values)
+            first, squares, row = first + shown[:, 0].sum(0), squares + shown.pow(2).sum((0, 1)), row + len(values)
     scale = 1.0
-    if inverse_scales:
-        inverse = torch.cat(inverse_scales)
+    if ends.inverse_scales:
+        inverse = torch.cat(ends.inverse_scales)
         chosen = inverse.flatten() if attention_mask is None else inverse[torch.arange(len(inverse)), lengths - 1]
         scale = 1 / float(chosen.mean())
-    n_real = int(real.sum())
-    sums = {"mean": total / n_real, "nonzero_frac": nonzero / n_real, "at_first_token": first / len(tokens)}
+    spread = (squares / n_real - (total / n_real) ** 2).clamp(min=0).sqrt()
+    sums = {
+        "mean": total / n_real,
+        "nonzero_frac": nonzero / n_real,
+        "at_first_token": first / len(tokens),
+        "spread": spread.where(spread.pow(2) > 1e-10 * squares / n_real, 0.0),  # rounding is no spread
+    }
     frame = strongest.frame(nodes, tokens, lengths.tolist(), text, source)
-    return frame, {name: values.tolist() for name, values in sums.items()}, scale
+    at_embedding = _read_spreads(torch.cat(ends.embeddings)[real.bool()], nodes)
+    return _Watched(frame, {name: values.tolist() for name, values in sums.items()}, by, at_embedding, scale)
+
+
+class _Ends(NamedTuple):
+    """What was seen at the two ends of runs."""
+
+    embeddings: list[Tensor]
+    inverse_scales: list[Tensor]
+
+
+@contextmanager
+def _watching_ends(model: HookedModel) -> Iterator[_Ends]:
+    """Inside the block, the stream that enters the first block and the final norm's scale are noted."""
+    ends = _Ends([], [])
+
+    def note_embedding(stream: Tensor, hook: HookPoint) -> None:
+        ends.embeddings.append(stream.detach().float().cpu())
+
+    def note_scale(scale: Tensor, hook: HookPoint) -> None:
+        ends.inverse_scales.append(scale[:, :, 0].detach().float().reciprocal().cpu())
+
+    hooks: FwdHooks = [(RESID_PRE_HOOK.format(layer=0), note_embedding)]
+    if model.cfg.norm != "none":
+        hooks.append((FINAL_SCALE_HOOK, note_scale))
+    with model.hooks(fwd_hooks=hooks):
+        yield ends
+
+
+def _read_spreads(stream: Float[Tensor, "token d_model"], nodes: Sequence[Node]) -> dict[str, float]:
+    """Standard deviation of the channel of every read, as `stream` holds it."""
+    deviations = stream.double().std(0, correction=0).tolist()
+    reads = [n for n in nodes if n.site in ("attn_read", "mlp_read", "final_resid", "final_read")]
+    return {str(node): deviations[node.channel] for node in reads if node.channel < len(deviations)}
 
 
 def _task_changes(model: HookedModel, nodes: Sequence[Node], batch: TaskBatch | None) -> dict[str, list[float]]:
