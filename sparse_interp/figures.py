@@ -4,7 +4,8 @@ import pandas as pd
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.audit import AuditTable
-from sparse_interp.results import Axes, lines
+from sparse_interp.interventions.pruning import SearchHistory
+from sparse_interp.results import Axes
 
 
 def audit_figure(audit: AuditTable) -> tuple[pd.DataFrame, Axes]:
@@ -14,11 +15,5 @@ def audit_figure(audit: AuditTable) -> tuple[pd.DataFrame, Axes]:
 
 def search_figure(circuit: Circuit) -> tuple[pd.DataFrame, Axes]:
     """The objective and the share of open gates, step by step of the search."""
-    history = circuit.history
-    series = {
-        "objective, nats": history.objective_nats.rolling(20, min_periods=1).mean(),
-        "open gates, share": history.open_gates / history.open_gates.max(),
-    }
-    parts = [pd.DataFrame({"step": history.step, "value": values, "series": name}) for name, values in series.items()]
-    frame = pd.concat(parts, ignore_index=True)
-    return frame, lines(frame, x="step", y="value", by="series")
+    history = SearchHistory(circuit.history)
+    return history.series(), history.plot()

@@ -17,14 +17,9 @@ from tqdm import tqdm
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
-from sparse_interp.interventions.pruning import (
-    GateSearch,
-    PruneConfig,
-    Selection,
-    learn_gates,
-    smallest_prefix,
-    split_pairs,
-)
+from sparse_interp.interventions.prune_config import PruneConfig
+from sparse_interp.interventions.pruning import GateSearch, learn_gates
+from sparse_interp.interventions.selection import Selection, smallest_prefix, split_pairs
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeValues, key_of, masks, queries_of
@@ -92,7 +87,7 @@ def find_circuit(
         prune=config,
         seed=seed,
         scores=_scores(model, nodes, search, selection, config),
-        history=search.history,
+        history=search.history.frame,
     )
 
 

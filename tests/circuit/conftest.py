@@ -49,7 +49,7 @@ def key_circuit(truth):
         seed=5,
         scores=pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
     )
-    return replace(circuit, history=pd.DataFrame({"step": [1, 2], "objective_nats": [0.5, 0.25]}))
+    return replace(circuit, history=pd.DataFrame({"step": [1, 2], "objective": [0.5, 0.25]}))
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""What an ablation means, in sentences; and gates that are exactly open or exactly shut."""
+"""What an ablation means, in sentences."""
 
 import pytest
 import torch
 
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import ablate, mean_activations
-from sparse_interp.interventions.pruning import gate, smallest_prefix
 from sparse_interp.model.sites import Node, flat, masks, places
 
 NODES = (Node(0, "neuron", 1), Node(1, "v", 2))
@@ -54,19 +53,3 @@ def test_a_node_that_the_model_lacks_is_refused(plain_model, means):
     with pytest.raises(CircuitError, match="exists in layers"), ablate(plain_model, [Node(9, "q", 0)], means):
         pass
     assert sum(int(m.sum()) for m in masks(NODES, plain_model.cfg).values()) == len(NODES)
-
-
-def test_a_gate_is_exactly_open_or_exactly_shut_with_the_gradient_of_a_sigmoid():
-    tau = torch.tensor([-0.3, 0.0, 2.0], requires_grad=True)
-    m = gate(tau, temperature=0.5)
-    assert m.tolist() == [0.0, 1.0, 1.0]
-    (grad,) = torch.autograd.grad(m.sum(), tau)
-    soft = torch.sigmoid(tau / 0.5)
-    torch.testing.assert_close(grad, soft * (1 - soft) / 0.5)
-
-
-def test_the_smallest_good_prefix_is_found_above_and_below_the_start():
-    assert smallest_prefix(100, lambda n: n >= 37, start=50) == 37
-    assert smallest_prefix(100, lambda n: n >= 63, start=50) == 63
-    with pytest.raises(CircuitError, match="not even all nodes"):
-        smallest_prefix(100, lambda n: False, start=50)

@@ -40,19 +40,3 @@ def test_a_key_and_the_queries_that_meet_it_share_a_gate_and_leave_together(brid
 def test_without_sharing_every_query_has_a_gate_of_its_own(bridge, pairs, generator):
     search = learn_gates(bridge, pairs, PruneConfig(**QUICK, share_qk=False), zero_values(bridge), generator=generator)
     assert len(search.tau[Place(0, "q")].unique()) == 16 and len(search.order) == len(set(search.order))
-
-
-def test_a_shared_gate_that_is_shut_holds_the_key_and_its_queries(bridge, pairs, generator):
-    from sparse_interp.interventions.pruning import _Gates
-
-    baseline = zero_values(bridge)
-    gates = _Gates(hooked(bridge), PruneConfig(**QUICK), generator)
-    with torch.no_grad():
-        gates.tau[Place(0, "q")][5] = -1
-    seen = {}
-    places = [Place(0, site) for site in "qk"]
-    look = [(place.hook, lambda x, hook, place=place: seen.update({place.site: x.flatten(2)})) for place in places]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=[*gates.hooks(baseline, 3, generator), *look]):
-        bridge(pairs.clean)
-    held = {site: (x == 0).all(0).all(0).nonzero().flatten().tolist() for site, x in seen.items()}
-    assert held == {"q": [9, 13], "k": [5]}

@@ -286,7 +286,7 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
         search = [
             learn_gates(m, pairs, config, means, generator=torch.Generator().manual_seed(4)) for m in (ours, theirs)
         ]
-    found["search, nats per step"] = float((search[0].history - search[1].history).objective_nats.abs().max())
+    found["search, nats per step"] = float((search[0].history.frame - search[1].history.frame).objective.abs().max())
     found["gates"] = max(largest(search[0].tau[place], search[1].tau[place]) for place in means.values)
     tables = [
         audit(m, c, task, n_prompts=24, n_random=2, generator=torch.Generator().manual_seed(5), progress=False).frame

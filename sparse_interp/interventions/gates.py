@@ -1,0 +1,183 @@
+"""Gates: for every node a number that decides whether the model computes it or holds it; several masks at once.
+
+    m = 1[tau + s u >= 0],   dm/dtau = sigmoid'(tau / T) / T                  u logistic noise, one draw per batch
+    x_node  <-  b + m (x_node - b)                                            after AbsTopK; b the node's baseline
+
+S masks stand side by side on one frozen model: a batch holds the prompts of mask 0, behind them those of mask 1, and
+so on, and every row meets the gates of its own mask. Each mask draws from its own generator what it would draw alone.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from sparse_interp.interventions.ablation import FwdHooks
+from sparse_interp.interventions.prune_config import PruneConfig
+from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.sites import Node, NodeValues, Place, flat, group_size, places, queries_of, width
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tau: Tensor, temperature: Tensor | float, noise: Tensor | None) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.temperature = temperature
+        return ((tau if noise is None else tau + noise) >= 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (tau,) = ctx.saved_tensors
+        soft = torch.sigmoid(tau / ctx.temperature)
+        return grad * soft * (1 - soft) / ctx.temperature, None, None
+
+
+def gate(
+    tau: Float[Tensor, "*mask gate"],
+    temperature: Float[Tensor, "*mask 1"] | float = 1.0,
+    noise: Float[Tensor, "*mask gate"] | None = None,
+) -> Float[Tensor, "*mask gate"]:
+    """Exactly 1 where `tau (+ noise) >= 0`, else exactly 0; its gradient is that of sigmoid(tau / temperature)."""
+    return _Gate.apply(tau, temperature, noise)  # pyright: ignore[reportReturnType]
+
+
+class Gates:
+    """The parameters of S masks over the same gates, which come in named groups.
+
+    Args:
+        sizes: how many gates each group has, in the order in which they lie in `taus`.
+        configs: how each mask is learned.
+        generators: where each mask's randomness comes from.
+        like: a tensor whose dtype and device the gates take.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[Hashable, int],
+        configs: Sequence[PruneConfig],
+        generators: Sequence[torch.Generator],
+        like: Tensor,
+    ):
+        self.sizes, self.configs, self.generators = dict(sizes), list(configs), list(generators)
+        self.taus = [self._start(*each).to(like).requires_grad_() for each in zip(configs, generators, strict=True)]
+        """For each mask all its parameters, group after group."""
+        self.gains = [torch.zeros_like(tau) for tau in self.taus]
+        """For each mask a running mean of how steeply its objective falls as a gate opens."""
+
+    def _start(self, config: PruneConfig, generator: torch.Generator) -> Float[Tensor, " gate"]:
+        return torch.cat(
+            [config.tau_init + 0.01 * torch.randn(size, generator=generator) for size in self.sizes.values()]
+        )
+
+    def groups(self, of_gates: Float[Tensor, "*mask gate"]) -> dict[Hashable, Float[Tensor, "*mask group"]]:
+        """One number for every gate, taken apart into groups."""
+        return dict(zip(self.sizes, of_gates.split(list(self.sizes.values()), -1), strict=True))
+
+    def drawn(self, step: int, chosen: Sequence[int]) -> dict[Hashable, Float[Tensor, "mask group"]]:
+        """The gates of the `chosen` masks, 1 open and 0 shut, with the noise of this step where it has any."""
+        tau = torch.stack([self.taus[i] for i in chosen])
+        noises = [self._noise(i, step) for i in chosen]
+        noise = None
+        if any(n is not None for n in noises):
+            noise = torch.stack([torch.zeros_like(tau[0]) if n is None else n for n in noises])
+        temperature = torch.tensor([[self.configs[i].temperature] for i in chosen]).to(tau)
+        return self.groups(gate(tau, temperature, noise))
+
+    def _noise(self, i: int, step: int) -> Float[Tensor, " gate"] | None:
+        """Logistic noise for the gates of mask `i`; None where its scale has fallen to 0."""
+        scale = self.configs[i].noise_scale(step)
+        if not scale:
+            return None
+        uniform = [torch.rand(size, generator=self.generators[i]) for size in self.sizes.values()]
+        return torch.cat(uniform).logit(eps=1e-6).to(self.taus[i]) * scale
+
+    def n_open(self, i: int) -> int:
+        """How many gates of mask `i` are open without noise."""
+        return int((self.taus[i] >= 0).sum())
+
+    @torch.no_grad()
+    def note_gain(self, i: int, grad: Float[Tensor, " gate"], n_step: int) -> None:
+        """Take note of the objective's gradient: what separates gates of equal tau."""
+        self.gains[i] += (-grad - self.gains[i]) * max(0.02, 1 / (n_step + 1))
+
+    def keys(self, i: int) -> list[tuple[float, float, Hashable, int]]:
+        """(-tau, -gain, group, number within it) for every gate of mask `i`: sorted, the most needed comes first."""
+        found = []
+        both = torch.stack([self.taus[i].detach(), self.gains[i]], 1)
+        for group, values in zip(self.sizes, both.split(list(self.sizes.values())), strict=True):
+            found += [(-t, -g, group, number) for number, (t, g) in enumerate(values.tolist())]
+        return found
+
+
+class NodeGates(Gates):
+    """One gate per node of the gated sites. Where q and k of a channel are tied, theirs stands under q, one per k."""
+
+    def __init__(self, model: HookedModel, configs: Sequence[PruneConfig], generators: Sequence[torch.Generator]):
+        self.cfg, self.sites, self.tied = model.cfg, configs[0].sites, configs[0].share_qk
+        sizes = {
+            place: width(model.cfg, "k" if self.tied and place.site == "q" else place.site)
+            for place in places(model.cfg, self.sites)
+            if not (self.tied and place.site == "k")
+        }
+        super().__init__(sizes, configs, generators, model.embed.W_E)
+
+    def owner(self, place: Place) -> Place | None:
+        """Under which place the gates of `place` stand; None where it has none."""
+        if place.site not in self.sites:
+            return None
+        return Place(place.layer, "q") if self.tied and place.site == "k" else place
+
+    def per_node(self, place: Place, of_gates: Float[Tensor, "*mask gate"]) -> Float[Tensor, "*mask width"]:
+        """One number for every node of a place, from one for every gate."""
+        n_heads = group_size(self.cfg) if self.tied and place.site == "q" else 1
+        if n_heads == 1:
+            return of_gates
+        grouped = of_gates.unflatten(-1, (-1, 1, self.cfg.d_head))
+        return grouped.expand(*grouped.shape[:-2], n_heads, -1).flatten(-3)
+
+    def hooks(
+        self, opened: Mapping[Hashable, Float[Tensor, "mask gate"]], counts: Sequence[int], baseline: NodeValues
+    ) -> FwdHooks:
+        """Hooks under which `counts[i]` rows of the batch, one mask after the other, meet the gates of mask i."""
+        found: FwdHooks = []
+        for place in places(self.cfg, self.sites):
+            m = per_row(self.per_node(place, opened[self.owner(place)])[:, None], counts)
+            found.append((place.hook, _gating(m, baseline[place])))
+        return found
+
+    def ranking(self, i: int) -> list[Node]:
+        """Nodes of mask `i`, the most needed first. Nodes that share a gate follow each other, q before k."""
+        order = []
+        for _, _, place, channel in sorted(self.keys(i)):
+            if self.tied and place.site == "q":
+                order += [Node(place.layer, "q", query) for query in queries_of(self.cfg, channel)]
+                order.append(Node(place.layer, "k", channel))
+            else:
+                order.append(Node(place.layer, place.site, channel))
+        return order
+
+    def values(self, i: int) -> NodeValues:
+        """tau of every node of the model in mask `i`; +inf at nodes without a gate."""
+        tau, found = self.groups(self.taus[i].detach().cpu()), {}
+        for place in places(self.cfg):
+            owner = self.owner(place)
+            none = torch.full((width(self.cfg, place.site),), torch.inf)
+            found[place] = none if owner is None else self.per_node(place, tau[owner])
+        return NodeValues(found, "gate tau")
+
+
+def per_row(of_masks: Float[Tensor, "mask pos width"], counts: Sequence[int]) -> Float[Tensor, "row pos width"]:
+    """What each row of a batch meets that holds `counts[i]` rows of mask i; one mask alone broadcasts over its rows."""
+    if len(counts) == 1:
+        return of_masks
+    return torch.cat([mask[None].expand(n, *mask.shape) for mask, n in zip(of_masks, counts, strict=True)])
+
+
+def _gating(m: Float[Tensor, "#row #pos width"], baseline: Float[Tensor, " width"]) -> Callable:
+    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
+        channels = flat(activation)
+        return (baseline + m * (channels - baseline)).view_as(activation)
+
+    return hook
