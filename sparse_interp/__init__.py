@@ -48,7 +48,7 @@ from sparse_interp.interventions.patching import Head as Head
 from sparse_interp.interventions.patching import Receiver as Receiver
 from sparse_interp.interventions.patching import patch_direct_paths as patch_direct_paths
 from sparse_interp.interventions.patching import receivers_of as receivers_of
-from sparse_interp.interventions.pruning import PruneConfig as PruneConfig
+from sparse_interp.interventions.prune_config import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
 from sparse_interp.circuit.calibration import calibrate as calibrate
