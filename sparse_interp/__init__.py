@@ -43,7 +43,7 @@ from sparse_interp.tasks.library import load_task as task  # noqa: F401 - public
 from sparse_interp.tasks.library import tasks as tasks
 from sparse_interp.tasks.survey import score_tasks as score_tasks
 from sparse_interp.interventions.ablation import ablate as ablate
-from sparse_interp.interventions.ablation import mean_activations as mean_activations
+from sparse_interp.interventions.baselines import mean_activations as mean_activations
 from sparse_interp.interventions.patching import Head as Head
 from sparse_interp.interventions.patching import Receiver as Receiver
 from sparse_interp.interventions.patching import patch_direct_paths as patch_direct_paths

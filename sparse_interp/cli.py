@@ -42,7 +42,7 @@ from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, Spa
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
 from sparse_interp.figures import audit_figure, search_figure
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import MEANS, bundled_tokenizer, weights_sha256

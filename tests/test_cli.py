@@ -19,7 +19,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.publishing import publish_circuit
 from sparse_interp.circuit.released import RELEASED_SITES
 from sparse_interp.errors import ConfigError, SparseInterpError
-from sparse_interp.interventions.ablation import mean_activations, zero_values
+from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, bundled_tokenizer, weights_sha256
 from sparse_interp.model.config import ModelConfig

@@ -1,24 +1,38 @@
-"""Ablation: chosen nodes hold a baseline value, everything else is computed as ever.
+"""Ablation = baseline x scheme: chosen nodes lose what they compute, all of it or part, everything else is as ever.
 
-    x_node  <-  baseline_node        at every position of every prompt, after AbsTopK
+    x_node  <-  b + (m + (1 - m) r) (x_node - b)      after AbsTopK; m = 1 for a node that is kept, 0 for one outside
 
-The baseline of choice is the node's mean over text (Gao et al. 2025, arXiv 2511.13653). An ablation is a `with` block:
-it never writes into a tensor that the model still holds, it nests, and it ends when the block does.
+    full            r = 0: the node holds its baseline b
+    stochastic      r drawn from U[0, 1], one number per node outside
+    adversarial     r in [0, 1] by projected ascent on what the ablation costs
+
+All positions share r, and all prompts do (`scope="batch"`), so that an adversary cannot make use of noise; or every
+prompt has its own (`scope="example"`). x is the run's own value, not that of an untouched run. A circuit that is all a
+behaviour needs survives any partial ablation of the rest: to take out everything at once lets errors cancel (stochastic
+masks: Bushnaq et al. 2025, arXiv:2506.20790; baselines are in interventions/baselines.py).
+
+An ablation is a `with` block: it never writes into a tensor that the model still holds, it nests, and it ends when the
+block does.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from sparse_interp.errors import CircuitError
-from sparse_interp.model.dense import AnyModel, hooked
-from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, flat, masks, places, width
-from sparse_interp.model.text import evaluating
+from sparse_interp.axes import PerPrompt
+from sparse_interp.errors import CircuitError, ConfigError
+from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_answers, frozen
+from sparse_interp.interventions.baselines import Baseline, Counterfactual, Resample
+from sparse_interp.interventions.baselines import mean_activations as mean_activations
+from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
+from sparse_interp.model.sites import Node, NodeValues, Place, flat, masks
+from sparse_interp.model.text import evaluating as evaluating
+from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
 Masks = Mapping[Place, Bool[Tensor, " width"]]
 Values = NodeValues | Mapping[Place, Tensor]
@@ -27,49 +41,13 @@ Values = NodeValues | Mapping[Place, Tensor]
 Shares = Mapping[Place, Tensor]
 """How much of each node is left, in [0, 1]; like values, or with a row per scheme."""
 
-FwdHooks = list[tuple[str | Callable, Callable]]
-"""What TransformerLens takes as `fwd_hooks`; its parameter is an invariant list of such pairs."""
+SCHEMES = ("full", "stochastic", "adversarial")
+SCOPES = ("batch", "example")
+ANSWERS_AT_ONCE = 128
+"""Prompts per forward pass."""
 
-
-@torch.no_grad()
-def mean_activations(
-    model: AnyModel,
-    blocks: Int[Tensor, "block pos"],
-    *,
-    sites: Collection[str] = NODE_SITES,
-    batch_size: int = 16,
-    progress: bool = False,
-) -> NodeValues:
-    """The mean of every node at `sites` over all positions of `blocks`, in eval mode.
-
-    Raises:
-        CircuitError: if there are no blocks.
-    """
-    model = hooked(model)
-    if len(blocks) == 0:
-        raise CircuitError("means need at least one block of tokens, and there are none.")
-    sums = dict.fromkeys(places(model.cfg, sites), 0.0)
-
-    def add(place: Place) -> Callable:
-        def hook(activation: Tensor, hook: HookPoint) -> None:
-            sums[place] = sums[place] + flat(activation).double().sum((0, 1)).cpu()
-
-        return hook
-
-    fwd_hooks: FwdHooks = [(place.hook, add(place)) for place in sums]
-    with evaluating(model), model.hooks(fwd_hooks=fwd_hooks):
-        for batch in tqdm(blocks.split(batch_size), disable=not progress, desc="means", unit="batch"):
-            model(batch.to(model.embed.W_E.device), return_type=None)
-    n = blocks.numel()
-    means = {place: (total / n).to(model.embed.W_E.dtype) for place, total in sums.items() if isinstance(total, Tensor)}
-    return NodeValues(means, f"mean over {n} tokens of text")
-
-
-def zero_values(model: AnyModel) -> NodeValues:
-    """Zero for every node."""
-    cfg, dtype = hooked(model).cfg, hooked(model).embed.W_E.dtype
-    zeros = {place: torch.zeros(width(cfg, place.site), dtype=dtype) for place in places(cfg)}
-    return NodeValues(zeros, "zero")
+Loss = Callable[[AnswerLogits, AnswerLogits, TaskBatch], PerPrompt]
+"""(model's logits, ablated logits, batch) -> what the ablation costs each prompt, nats."""
 
 
 def partly(x: Tensor, baseline: Tensor, share: Tensor) -> Tensor:
@@ -188,15 +166,265 @@ def _chosen(where: Bool[Tensor, " scheme"], there: Tensor, elsewhere: Tensor) ->
     return torch.where(where.view(-1, *[1] * (there.ndim - 1)), there, elsewhere)
 
 
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What nodes outside a circuit are ablated to, and how much of each is left."""
+
+    baseline: Baseline
+    """What a node that is ablated holds."""
+
+    scheme: str = "full"
+    """`full`, `stochastic` or `adversarial`."""
+
+    n_draws: int = 1
+    """Stochastic draws; of an adversary, among which it takes its start."""
+
+    n_steps: int = 0
+    """Steps of the adversary."""
+
+    step_size: float = 0.1
+    """How far a step moves a share; n_steps * step_size bounds the way from the start."""
+
+    scope: str = "batch"
+    """`batch`: one number per node for all prompts. `example`: one per node and prompt."""
+
+    loss: Loss = field(default=kl_divergence)
+    """What the adversary raises: KL(model || ablated) over the vocabulary at the answer position unless told otherwise.
+    (reference logits, ablated logits, batch) -> one number per prompt."""
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES or self.scope not in SCOPES:
+            raise ConfigError(
+                f"scheme={self.scheme!r} and scope={self.scope!r}: a scheme is one of {', '.join(SCHEMES)}, its scope "
+                f"one of {', '.join(SCOPES)}."
+            )
+        if self.n_draws < 1 or self.n_steps < 0 or self.step_size <= 0:
+            raise ConfigError(
+                f"n_draws={self.n_draws}, n_steps={self.n_steps}, step_size={self.step_size}: expected at least one "
+                "draw, no fewer than 0 steps, and steps above 0."
+            )
+
+    @classmethod
+    def full(cls, baseline: Baseline) -> "Ablation":
+        """Every node outside holds its baseline."""
+        return cls(baseline)
+
+    @classmethod
+    def stochastic(cls, baseline: Baseline, *, n_draws: int = 8, scope: str = "batch") -> "Ablation":
+        """Of every node outside a random share is left; scores are means over the draws."""
+        return cls(baseline, "stochastic", n_draws=n_draws, scope=scope)
+
+    @classmethod
+    def adversarial(
+        cls,
+        baseline: Baseline,
+        *,
+        n_steps: int = 20,
+        step_size: float = 0.1,
+        n_draws: int = 8,
+        scope: str = "batch",
+        loss: Loss = kl_divergence,
+    ) -> "Ablation":
+        """Of every node outside the share is left that costs most: never milder than the full ablation or its draws.
+
+        The ascent starts from the worst of `n_draws` draws and the full ablation, and keeps its best iterate.
+        """
+        return cls(baseline, "adversarial", n_draws, n_steps, step_size, scope, loss)
+
+    @classmethod
+    def counterfactual(cls) -> "Ablation":
+        """Every node outside holds what it holds on the prompt's own twin."""
+        return cls(Counterfactual())
+
+    @classmethod
+    def resample(cls, pool: TaskBatch, *, generator: torch.Generator) -> "Ablation":
+        """Every node outside holds what it holds on another prompt of `pool`, drawn once for each prompt."""
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        return cls(Resample(pool, int(seed)))
+
+    @property
+    def name(self) -> str:
+        """For tables: scheme and baseline."""
+        scope = {"batch": "one scheme for all prompts", "example": "one scheme per prompt"}[self.scope]
+        steps = f"{self.n_steps} steps of {self.step_size:g} from {self.n_draws} draws"
+        how = {"stochastic": f" ({self.n_draws} draws, {scope})", "adversarial": f" ({steps}, {scope})"}
+        return f"{self.scheme}{how.get(self.scheme, '')}, {self.baseline.kind}"
+
+    def hooks(
+        self,
+        model: AnyModel,
+        kept: Masks,
+        batch: TaskBatch | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> FwdHooks:
+        """Forward hooks for a run in which nodes outside `kept` are ablated; a stochastic scheme is drawn once.
+
+        Constants, fully ablated or with shares for a whole batch, fit any prompts. All else needs the `batch` whose
+        clean prompts are going to be run, with their padding.
+
+        Raises:
+            CircuitError: without the prompts or the generator that are needed, or with the baseline of another model.
+        """
+        model = hooked(model)
+        values = _values(self.baseline, model, batch)
+        if self.scheme == "full":
+            return holding_hooks(kept, values)
+        if batch is None and not (self.scheme == "stochastic" and self.scope == "batch"):
+            raise CircuitError(f"{self.name}: the shares depend on the prompts; pass batch=, the prompts to be run.")
+        n = 1 if batch is None else len(batch)
+        if self.scheme == "stochastic":
+            return holding_hooks(kept, values, self._drawn(kept, n, generator))
+        assert batch is not None
+        return holding_hooks(kept, values, self._worst(_Evaluation(self, model, kept, batch), generator))
+
+    def answer_logits(
+        self,
+        model: AnyModel,
+        kept: Masks,
+        batch: TaskBatch,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "draw batch d_vocab"]:
+        """Logits at the answer positions with nodes outside `kept` ablated: a row per draw, or a single one.
+
+        Raises:
+            CircuitError: without the generator that a scheme needs, or with the baseline of another model.
+        """
+        run = _Evaluation(self, hooked(model), kept, batch)
+        if self.scheme == "full":
+            drawn: list[Shares | None] = [None]
+        elif self.scheme == "stochastic":
+            drawn = [self._drawn(kept, len(batch), generator) for _ in range(self.n_draws)]
+        else:
+            drawn = [self._worst(run, generator)]
+        return torch.stack([run.logits(shares) for shares in drawn])
+
+    def _drawn(self, kept: Masks, n_prompts: int, generator: torch.Generator | None) -> dict[Place, Tensor]:
+        """Shares [1 or prompt, 1, width], uniform in [0, 1]."""
+        if generator is None:
+            raise CircuitError(f"{self.name}: pass generator=, which draws the shares.")
+        rows = n_prompts if self.scope == "example" else 1
+        return {
+            place: torch.rand(rows, 1, len(mask), generator=generator, device=generator.device)
+            for place, mask in kept.items()
+            if not bool(mask.all())
+        }
+
+    def _worst(self, run: "_Evaluation", generator: torch.Generator | None) -> dict[Place, Tensor]:
+        """The shares that the adversary ends with."""
+        drawn = [self._drawn(run.kept, len(run.batch), generator) for _ in range(self.n_draws)]
+        drawn.append({place: torch.zeros_like(shares) for place, shares in drawn[0].items()})
+        start, highest = drawn[0], run.losses(drawn[0])
+        for shares in drawn[1:]:
+            losses = run.losses(shares)
+            start = {place: _chosen(losses > highest, shares[place], start[place]) for place in start}
+            highest = losses.maximum(highest)
+        if not start:
+            return {}
+        steps = {"n_steps": self.n_steps, "step_size": self.step_size}
+        if self.scope == "batch":
+            return ascend(run.parts(), run.on_device(start), **steps)[0]
+        found = []
+        for part, rows in zip(run.parts(), run.chunks, strict=True):
+            mine = {place: shares[rows] for place, shares in start.items()}
+            found.append(ascend([part], run.on_device(mine), **steps)[0])
+        back = torch.cat(run.chunks).argsort()
+        return {place: torch.cat([shares[place].cpu() for shares in found])[back] for place in start}
+
+
+class _Evaluation:
+    """One circuit under one kind of ablation on fixed prompts, answers alone, a chunk of prompts after the other."""
+
+    def __init__(self, ablation: Ablation, model: HookedModel, kept: Masks, batch: TaskBatch):
+        self.ablation, self.model, self.kept = ablation, model, kept
+        self.batch = batch.to(model.embed.W_E.device)
+        self.chunks = list(batch.lengths.cpu().argsort(stable=True).split(ANSWERS_AT_ONCE))
+        self.references: list[AnswerLogits] = []
+
+    def _logits(self, rows: Tensor, shares: Shares | None) -> AnswerLogits:
+        """Answer logits of a chunk; `shares` are of the chunk's own prompts."""
+        here = self.batch.rows(rows)
+        values = _values(self.ablation.baseline, self.model, here)
+        values = values if isinstance(values, NodeValues) else at_answers(values, here)
+        with evaluating(self.model), self.model.hooks(fwd_hooks=holding_hooks(self.kept, values, shares)):
+            return answer_logits(self.model, here)
+
+    def _of_chunk(self, rows: Tensor, shares: Shares | None) -> Shares | None:
+        if shares is None or self.ablation.scope == "batch":
+            return shares
+        return {place: of_prompts[rows] for place, of_prompts in shares.items()}
+
+    @torch.no_grad()
+    def logits(self, shares: Shares | None) -> AnswerLogits:
+        """Answer logits of all prompts in their order."""
+        found = [self._logits(rows, self._of_chunk(rows, shares)) for rows in self.chunks]
+        return torch.cat(found)[torch.cat(self.chunks).argsort()]
+
+    def parts(self) -> list[Callable[[Shares], Tensor]]:
+        """For every chunk, what its prompts add to the loss of each scheme, of shares of its own."""
+        if not self.references:
+            with torch.no_grad(), evaluating(self.model):
+                self.references = [answer_logits(self.model, self.batch.rows(rows)) for rows in self.chunks]
+        return [self._part(rows, reference) for rows, reference in zip(self.chunks, self.references, strict=True)]
+
+    def _part(self, rows: Tensor, reference: AnswerLogits) -> Callable[[Shares], Tensor]:
+        here = self.batch.rows(rows)
+
+        def losses(shares: Shares) -> Tensor:
+            with frozen(self.model):
+                found = self.ablation.loss(reference, self._logits(rows, shares), here)
+            return found if self.ablation.scope == "example" else found.sum()[None] / len(self.batch)
+
+        return losses
+
+    @torch.no_grad()
+    def losses(self, shares: Shares) -> Float[Tensor, " scheme"]:
+        """The loss of each scheme: of each prompt, or of all."""
+        found = [part(self._of_chunk(rows, shares) or {}) for part, rows in zip(self.parts(), self.chunks, strict=True)]
+        if self.ablation.scope == "batch":
+            return torch.stack(found).sum(0).cpu()
+        return torch.cat(found)[torch.cat(self.chunks).argsort()].cpu()
+
+    def on_device(self, shares: Shares) -> dict[Place, Tensor]:
+        """Shares where the model is, in its precision."""
+        return {place: of_nodes.to(self.model.embed.W_E) for place, of_nodes in shares.items()}
+
+
+def _values(baseline: Baseline, model: HookedModel, batch: TaskBatch | None) -> Values:
+    """A baseline's values for the clean prompts of `batch`."""
+    if isinstance(baseline, NodeValues):
+        return baseline.to(model.embed.W_E)
+    if batch is None:
+        raise CircuitError(f"{baseline.kind}: the values depend on the prompts; pass batch=, the prompts to be run.")
+    return baseline.on(model, batch)
+
+
 @contextmanager
-def ablate(model: AnyModel, nodes: Iterable[Node], values: NodeValues) -> Iterator[AnyModel]:
-    """Inside the block `nodes` hold `values`; outside it the model is untouched.
+def ablate(
+    model: AnyModel,
+    nodes: Iterable[Node],
+    ablation: Baseline | Ablation,
+    *,
+    batch: TaskBatch | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[AnyModel]:
+    """Inside the block `nodes` are ablated; outside it the model is untouched.
+
+    Args:
+        model: the model, ours or a dense one of TransformerLens.
+        nodes: what is ablated.
+        ablation: a baseline that nodes hold, constant or of the prompts, or an `Ablation` with a scheme of its own.
+        batch: the prompts that are going to be run, clean ones, where values or shares depend on them.
+        generator: draws shares.
 
     Raises:
-        CircuitError: for a node that the model does not have, or values of another model.
+        CircuitError: for a node that the model does not have, values of another model, or prompts or generator missing.
     """
     nodes, cfg = list(nodes), hooked(model).cfg
-    values.check(cfg, {node.site for node in nodes})
+    ablation = ablation if isinstance(ablation, Ablation) else Ablation(ablation)
+    if isinstance(ablation.baseline, NodeValues):
+        ablation.baseline.check(cfg, {node.site for node in nodes})
     kept = {place: ~mask for place, mask in masks(nodes, cfg).items()}
-    with hooked(model).hooks(fwd_hooks=holding_hooks(kept, values)):
+    with hooked(model).hooks(fwd_hooks=ablation.hooks(model, kept, batch, generator=generator)):
         yield model

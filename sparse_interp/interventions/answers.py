@@ -4,12 +4,15 @@ Nothing is unembedded elsewhere, the blocks before a layer need not run again, a
 so that a batch of any size costs little more than its tokens.
 """
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sparse_interp.axes import Resid
 from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.sites import FINAL_READ, Place
 from sparse_interp.tasks.task import TaskBatch
 
 AnswerLogits = Float[Tensor, "batch d_vocab"]
@@ -43,6 +46,21 @@ def stream_at(model: HookedModel, batch: TaskBatch, stop: int, resid: Resid | No
     if resid is None:
         return model(tokens, attention_mask=mask, stop_at_layer=stop)
     return model(resid, tokens=tokens, attention_mask=mask, start_at_layer=layer, stop_at_layer=stop)
+
+
+def at_answers(
+    values: Mapping[Place, Float[Tensor, "#batch pos width"]], batch: TaskBatch
+) -> dict[Place, Float[Tensor, "#batch #at width"]]:
+    """Values of prompts as `answer_logits` meets them: cut to the longest, at the last read those at the answer."""
+    longest = int(batch.lengths.max())
+    found = {}
+    for place, of_prompts in values.items():
+        found[place] = of_prompts[:, :longest]
+        if place.site == FINAL_READ.name and of_prompts.shape[1] > 1:
+            last = batch.last.to(of_prompts.device)
+            rows = torch.arange(len(batch), device=last.device) if len(of_prompts) > 1 else torch.zeros_like(last)
+            found[place] = of_prompts[rows, last][:, None]
+    return found
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ MLP on one stream, is refused with the sentence that does not hold.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError
 from sparse_interp.model import sites
 from sparse_interp.model.config import Shape
+from sparse_interp.model.edges import EdgeGate, EdgeGates, Matrix, carried, placed
 from sparse_interp.model.sites import SITES, WIRES, Wire, flat, group_size, places, width, wires
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
@@ -52,8 +53,14 @@ FOREIGN = {
 }
 """Settings of a TransformerLens config under which a model is not made of our sites, and what they mean."""
 
+FwdHooks = list[tuple[str | Callable, Callable]]
+"""What TransformerLens takes as `fwd_hooks`; its parameter is an invariant list of such pairs."""
+
 _proved: WeakSet[nn.Module] = WeakSet()
 """Models that have shown that their hook points and weights belong together."""
+
+_gated: WeakKeyDictionary[nn.Module, dict[Matrix, list[EdgeGate]]] = WeakKeyDictionary()
+"""For every model inside a block of gated edges, the gates of each matrix."""
 
 
 class _Stopped(Exception):
@@ -125,7 +132,7 @@ class DenseModel:
         """Set eval mode."""
         self.tl.eval()
 
-    def hooks(self, fwd_hooks: list[tuple[str | Callable, Callable]]) -> Any:
+    def hooks(self, fwd_hooks: FwdHooks) -> Any:
         """A block inside which the hooks act."""
         return self.tl.hooks(fwd_hooks=fwd_hooks)
 
@@ -146,7 +153,7 @@ class DenseModel:
         """
         if start_at_layer == self.cfg.n_layers:
             return self._after_blocks(input)
-        hooks: list[tuple[str | Callable, Callable]] = []
+        hooks: FwdHooks = []
         if start_at_layer is not None:
             assert tokens is not None
             hooks.append((_stream_before(start_at_layer), lambda resid, hook: input))
@@ -160,6 +167,76 @@ class DenseModel:
                 return None if return_type is None else logits
         except _Stopped as stopped:
             return stopped.resid
+
+    @contextmanager
+    def gated_edges(self, gates: EdgeGates) -> Iterator[None]:
+        """Inside the block edges carry the share of their source that `gates` say, and else its baseline."""
+        with ExitStack() as stack:
+            if self.tl not in _gated:
+                stack.enter_context(self._listening_to_edges())
+            stack.enter_context(placed(gates, _gated[self.tl].__getitem__))
+            yield
+
+    @contextmanager
+    def _listening_to_edges(self) -> Iterator[None]:
+        """Inside the block the gates of `_gated` hold: changes reach what edges lead to before any hook does."""
+        layers = range(self.cfg.n_layers)
+        _gated[self.tl] = {Matrix(layer, wire.weight_name): [] for layer in layers for wire in wires(self.cfg)}
+        with ExitStack() as stack:
+            stack.callback(_gated.pop, self.tl)
+            joined = [(layer, wire, *_carried(self.cfg, wire)) for layer in layers for wire in wires(self.cfg)]
+            sources = {_HOOKS[source].format(layer=layer) for layer, _, source, _ in joined}
+            patterns = {sites.PATTERN_HOOK.format(layer=layer) for layer in layers}
+            seen = stack.enter_context(self._leaving(sources | patterns))
+            for layer, wire, source, target in joined:
+                names = {"source": source, "pattern": "pattern"}
+                names = {end: _HOOKS[name].format(layer=layer) for end, name in names.items()}
+                change = partial(self._change, layer=layer, wire=wire, seen=seen, **names)
+                point = self.tl.hook_dict[_HOOKS[target].format(layer=layer)]
+                before = partial(_add_change, change)
+                stack.callback(point.register_forward_pre_hook(before).remove)
+            yield
+
+    @contextmanager
+    def _leaving(self, names: set[str]) -> Iterator[dict[str, Tensor]]:
+        """Inside the block, what left hook points in the last run, after whoever else listens there."""
+        seen: dict[str, Tensor] = {}
+        points = {name: self.tl.hook_dict[name] for name in names}
+        with ExitStack() as stack:
+            handles = {}
+            for name, point in points.items():
+                note = lambda module, given, left, name=name: seen.update({name: left})
+                handles[name] = point.register_forward_hook(note)
+                stack.callback(handles[name].remove)
+
+            def begin(*_: Any) -> None:
+                seen.clear()
+                for name, point in points.items():
+                    point._forward_hooks.move_to_end(handles[name].id)
+
+            stack.callback(self.tl.hook_dict[sites.EMBED_HOOK].register_forward_pre_hook(begin).remove)
+            yield seen
+
+    def _change(
+        self, layer: int, wire: Wire, seen: Mapping[str, Tensor], source: str, pattern: str
+    ) -> Float[Tensor, "batch pos width"] | None:
+        """By how much gates change what comes through a matrix; None where it has none."""
+        gates = _gated[self.tl][Matrix(layer, wire.weight_name)]
+        if not gates:
+            return None
+        weight = wire.weight(self.layers[layer])
+        whole, held = carried(weight, gates)
+        change = flat(seen[source]) @ (whole - weight)
+        for baseline, part in held:
+            if wire.source is sites.V:
+                baseline = self._mixed(baseline, seen[pattern])
+            change = change + baseline @ part
+        return change
+
+    def _mixed(self, baseline: Tensor, pattern: Tensor) -> Tensor:
+        """What heads take in if every value is its baseline: that itself, unless somebody has changed the pattern."""
+        values = baseline.unflatten(-1, (-1, self.cfg.d_head))
+        return torch.einsum("bhqk,hd->bqhd" if values.ndim == 2 else "bhqk,bkhd->bqhd", pattern, values).flatten(2)
 
     def normed(self, resid: Resid, half: int) -> Resid:
         """What half block `half` reads of a stream; attention of layer l is half 2 l, its MLP the next."""
@@ -247,6 +324,13 @@ def _matrices(block: Any) -> SimpleNamespace:
 def _stream_before(layer: int) -> str:
     """Hook point of the stream before block `layer`: as the block before it leaves it, if there is one."""
     return sites.RESID_PRE_HOOK.format(layer=0) if layer == 0 else sites.RESID_POST_HOOK.format(layer=layer - 1)
+
+
+def _add_change(change: Callable, point: HookPoint, given: tuple) -> tuple | None:
+    """A pre-hook: what came to a hook point, with a change of what edges brought."""
+    (arrived,) = given
+    found = change()
+    return None if found is None else (arrived + found.view_as(arrived),)
 
 
 def _stop(resid: Resid, hook: HookPoint) -> None:

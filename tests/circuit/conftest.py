@@ -24,7 +24,7 @@ def key_circuit(truth):
     import pandas as pd
 
     from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
-    from sparse_interp.interventions.ablation import mean_activations
+    from sparse_interp.interventions.baselines import mean_activations
     from sparse_interp.interventions.pruning import PruneConfig
     from sparse_interp.model.sites import NodeValues
     from sparse_interp.tokenizer import tokenizer_hash
@@ -70,7 +70,7 @@ def some_nodes():
 @pytest.fixture
 def zero(make_model):
     """`zero(model)`: zero as the baseline of every node."""
-    from sparse_interp.interventions.ablation import zero_values
+    from sparse_interp.interventions.baselines import zero_values
 
     return zero_values
 

@@ -12,7 +12,7 @@ from sparse_interp.circuit import describe as module
 from sparse_interp.circuit.describe import describe, direct_effects, embedding_writes, main_path, page, token_wires
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, flat
 from sparse_interp.viewer.page import PageAudit, page_data, render_page

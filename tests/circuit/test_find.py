@@ -8,7 +8,7 @@ import torch
 from sparse_interp.circuit.find import _units, find_circuit
 from sparse_interp.errors import CheckpointError, CircuitError
 from sparse_interp.faithfulness.ground_truth import ground_truth
-from sparse_interp.interventions.ablation import mean_activations, zero_values
+from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node

@@ -9,7 +9,8 @@ import torch
 from sparse_interp.circuit.describe import token_wires
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import holding_hooks, mean_activations, zero_values
+from sparse_interp.interventions.ablation import holding_hooks
+from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import NODE_SITES, Node, Place, flat
 

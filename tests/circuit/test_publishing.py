@@ -14,7 +14,7 @@ from sparse_interp.circuit.payload import read_means, read_payload
 from sparse_interp.circuit.publishing import MEANS, PAYLOAD, publish_circuit
 from sparse_interp.circuit.released import RELEASED_SITES, answers_of_classes, released_circuit, replay
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.publishing import publish_model

@@ -27,8 +27,8 @@ from sparse_interp.circuit.released import (
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.controls import random_circuits
 from sparse_interp.faithfulness.scores import score_circuit
-from sparse_interp.interventions.ablation import mean_activations
 from sparse_interp.interventions.answers import all_answer_logits
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import SITES, Node, places, width
 from sparse_interp.model.transformer import load
 from sparse_interp.tasks.task import TaskBatch

@@ -10,7 +10,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.released import RELEASED_SITES, loc_of
 from sparse_interp.circuit.tables import read_tables, write_tables
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import Node, Place
 

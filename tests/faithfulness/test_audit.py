@@ -13,7 +13,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness import audit as audit_module
 from sparse_interp.faithfulness.audit import FAITHFUL, LATER, AuditTable, Thresholds, audit
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task
 from sparse_interp.viewer.page import PageAudit, PageAuditRow

@@ -8,7 +8,7 @@ import torch
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.controls import empty_circuit, has_room, overlap, random_circuits
-from sparse_interp.interventions.ablation import zero_values
+from sparse_interp.interventions.baselines import zero_values
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.sites import Node, Place, places, width
 

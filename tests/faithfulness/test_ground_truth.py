@@ -13,7 +13,8 @@ from sparse_interp.faithfulness.ground_truth import (
     recovery,
     spread,
 )
-from sparse_interp.interventions.ablation import ablate, mean_activations
+from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import WIRES, Node
 from sparse_interp.tasks.task import is_argmax, is_correct, kl_divergence
 

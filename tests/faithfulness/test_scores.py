@@ -10,7 +10,8 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit
-from sparse_interp.interventions.ablation import ablate, mean_activations
+from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.baselines import mean_activations
 
 built = {}
 

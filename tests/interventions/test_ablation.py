@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import ablate, mean_activations
+from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node, flat, masks, places
 
 NODES = (Node(0, "neuron", 1), Node(1, "v", 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_interp.faithfulness.ground_truth import ground_truth
-from sparse_interp.interventions.ablation import zero_values
+from sparse_interp.interventions.baselines import zero_values
 from sparse_interp.interventions.gates import NodeGates, gate
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import hooked

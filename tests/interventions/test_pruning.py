@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
-from sparse_interp.interventions.ablation import zero_values
+from sparse_interp.interventions.baselines import zero_values
 from sparse_interp.interventions.pruning import PruneConfig, learn_gates
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Place
