@@ -1,6 +1,6 @@
 """Scores: what a circuit does, prompt by prompt, beside the model that it belongs to.
 
-    sufficiency    the circuit alone, everything outside it at its baseline
+    sufficiency    the circuit alone, everything outside it ablated: at its baseline, unless told otherwise
     necessity      the model without the circuit, its nodes at their baseline
     agreement      KL(model || circuit) over the vocabulary, equal argmax, correlation of logit differences
     loss gap       task loss of circuit - task loss of model, prompt by prompt        (below 0: better than its model)
@@ -24,9 +24,11 @@ from torch import Tensor
 from sparse_interp.axes import PerPrompt
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.controls import empty_circuit
-from sparse_interp.interventions.ablation import evaluating, holding_hooks
+from sparse_interp.interventions.ablation import Ablation, Masks
 from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
-from sparse_interp.model.dense import AnyModel, hooked
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.sites import masks
+from sparse_interp.model.text import evaluating
 from sparse_interp.results import Interval, bootstrap_interval
 from sparse_interp.tasks.task import TaskBatch, answer_loss, is_argmax, is_correct, kl_divergence, logit_difference
 
@@ -75,13 +77,17 @@ class CircuitScores:
     """The model as it is."""
 
     circuit: PromptScores
-    """The circuit alone: everything outside it at its baseline."""
+    """The circuit alone: everything outside it ablated; means over the draws of a stochastic ablation."""
 
     removed: PromptScores
     """The model without the circuit: the circuit's nodes at their baseline."""
 
     nothing: PromptScores
     """The empty circuit: every node that a search could take out at its baseline."""
+
+    ablation: str
+    """How everything outside the circuit was ablated. `removed` and `nothing` are ablated to the same baseline, fully:
+    part of what a behaviour needs may be enough for it."""
 
     @property
     def groups(self) -> list[int]:
@@ -135,34 +141,61 @@ class CircuitScores:
         return _of_means(columns, share, self.groups, generator)
 
 
-def score_circuit(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> CircuitScores:
+def score_circuit(
+    model: AnyModel,
+    circuit: Circuit,
+    pairs: TaskBatch,
+    ablation: Ablation | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> CircuitScores:
     """Run model, circuit, model without circuit, and nothing, on both sides of `pairs`.
 
+    Args:
+        model: the model that the circuit is of, ours or a dense one of TransformerLens.
+        circuit: the circuit.
+        pairs: prompts with their twins.
+        ablation: what everything outside the circuit is ablated to, and how much of it is left; None holds it at the
+            circuit's own baseline.
+        generator: draws shares, where the ablation has any.
+
     Raises:
-        CircuitError: if the circuit belongs to other weights.
+        CircuitError: if the circuit belongs to other weights, or the ablation needs a generator and has none.
     """
+    circuit.check_model(model)
     model, batch = hooked(model), both_sides(pairs)
+    ablation = Ablation.full(circuit.baseline) if ablation is None else ablation
+    full = Ablation.full(ablation.baseline)
     with evaluating(model):
         reference = all_answer_logits(model, batch)
-        with circuit.running(model):
-            alone = all_answer_logits(model, batch)
-        with circuit.removed(model):
-            without = all_answer_logits(model, batch)
+    drawn = ablation.answer_logits(model, circuit.kept, batch, generator=generator)
+    outside = {place: ~mask for place, mask in masks(circuit.node_set, circuit.cfg).items()}
     return CircuitScores(
         batch,
         reference,
         model=prompt_scores(reference, reference, batch),
-        circuit=prompt_scores(alone, reference, batch),
-        removed=prompt_scores(without, reference, batch),
-        nothing=score_control(model, empty_circuit(model, circuit), batch, reference),
+        circuit=_averaged([prompt_scores(logits, reference, batch) for logits in drawn]),
+        removed=_under(full, model, outside, batch, reference),
+        nothing=_under(full, model, empty_circuit(model, circuit).kept, batch, reference),
+        ablation=ablation.name,
     )
 
 
 def score_control(model: AnyModel, control: Circuit, batch: TaskBatch, reference: AnswerLogits) -> PromptScores:
     """Scores of a circuit that was made from `model` a moment ago, whose weights need no second look."""
-    model = hooked(model)
-    with evaluating(model), model.hooks(fwd_hooks=holding_hooks(control.kept, control.baseline)):
-        return prompt_scores(all_answer_logits(model, batch), reference, batch)
+    return _under(Ablation.full(control.baseline), hooked(model), control.kept, batch, reference)
+
+
+def _under(
+    ablation: Ablation, model: HookedModel, kept: Masks, batch: TaskBatch, reference: AnswerLogits
+) -> PromptScores:
+    return prompt_scores(ablation.answer_logits(model, kept, batch)[0], reference, batch)
+
+
+def _averaged(draws: list[PromptScores]) -> PromptScores:
+    """Prompt by prompt the means over several runs."""
+    names = [field.name for field in fields(PromptScores)]
+    return PromptScores(**{name: torch.stack([getattr(draw, name) for draw in draws]).mean(0) for name in names})
 
 
 def prompt_scores(logits: AnswerLogits, reference: AnswerLogits, batch: TaskBatch) -> PromptScores:
