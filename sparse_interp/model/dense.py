@@ -203,11 +203,9 @@ class DenseModel:
         seen: dict[str, Tensor] = {}
         points = {name: self.tl.hook_dict[name] for name in names}
         with ExitStack() as stack:
-            handles = {}
-            for name, point in points.items():
-                note = lambda module, given, left, name=name: seen.update({name: left})
-                handles[name] = point.register_forward_hook(note)
-                stack.callback(handles[name].remove)
+            handles = {name: point.register_forward_hook(partial(_note, seen, name)) for name, point in points.items()}
+            for handle in handles.values():
+                stack.callback(handle.remove)
 
             def begin(*_: Any) -> None:
                 seen.clear()
@@ -324,6 +322,10 @@ def _matrices(block: Any) -> SimpleNamespace:
 def _stream_before(layer: int) -> str:
     """Hook point of the stream before block `layer`: as the block before it leaves it, if there is one."""
     return sites.RESID_PRE_HOOK.format(layer=0) if layer == 0 else sites.RESID_POST_HOOK.format(layer=layer - 1)
+
+
+def _note(seen: dict[str, Tensor], name: str, point: HookPoint, given: tuple, left: Tensor) -> None:
+    seen[name] = left
 
 
 def _add_change(change: Callable, point: HookPoint, given: tuple) -> tuple | None:

@@ -22,6 +22,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import HeadVectors, Pattern, Resid
 from sparse_interp.model.config import STREAM_SITES, ModelConfig
+from sparse_interp.model.edges import EdgeGate, carried
 from sparse_interp.model.kernels import abs_topk, causal_mask, sink_attention
 
 ForkedResid = Float[Tensor, "batch pos head d_model"]
@@ -119,6 +120,7 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(heads)) if cfg.sink else None
         self.cut_q, self.cut_k, self.cut_v = (Cut(cfg, site, flat) for site in "qkv")
         self.cut_write = Cut(cfg, "attn_write", d_model)
+        self.edge_gates: dict[str, list[EdgeGate]] = {f"W_{letter}": [] for letter in "QKVO"}
         self.hook_in = HookPoint()  # batch pos d_read
         self.hook_attn_in = HookPoint()  # batch pos head d_model, with use_attn_in
         self.hook_q_input = HookPoint()  # batch pos head d_model, with use_split_qkv_input
@@ -150,29 +152,33 @@ class Attention(nn.Module):
         v = self.hook_v(self._project("V", reads["v"], self.cut_v))
         if past is not None:
             k, v = past.append(k, v)
-        z = self.hook_z(self._mix(q, k, v, mask))
-        return self._write(z)
+        z, pattern = self._mix(q, k, v, mask)
+        return self._write(self.hook_z(z), pattern)
 
     def _project(self, letter: str, read: Tensor, cut: Cut) -> HeadVectors:
         weight, bias = getattr(self, f"W_{letter}"), getattr(self, f"b_{letter}")
         if hasattr(self, f"W_{letter}_pos"):
             weight = torch.cat([weight, getattr(self, f"W_{letter}_pos")], 1)
+        matrix, held = carried(weight.permute(1, 0, 2).flatten(1), self.edge_gates[f"W_{letter}"])
         if read.ndim == 4:
-            out = torch.einsum("bphm,hmd->bphd", read, weight).flatten(2)
+            out = torch.einsum("bphm,mhd->bphd", read, matrix.unflatten(1, bias.shape)).flatten(2)
         else:
-            out = read @ weight.permute(1, 0, 2).flatten(1)
+            out = read @ matrix
+        for baseline, part in held:
+            out = out + baseline @ part
         return cut(out + bias.flatten().to(out.dtype)).unflatten(-1, bias.shape)
 
-    def _mix(self, q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> Queries:
+    def _mix(self, q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> tuple[Queries, Pattern | None]:
+        """What each head takes in, and its pattern where anybody wants it."""
         inside = (self.hook_attn_scores, self.hook_sink_logits, self.hook_pattern, self.hook_sink)
         plain = mask is None and self.cfg.attention_dir == "causal" and q.shape == k.shape
-        if self.training and plain and not heard(*inside):
+        if self.training and plain and not heard(*inside) and not self.edge_gates["W_O"]:
             full = torch.promote_types(q.dtype, torch.float32)  # the CPU's fused backward is slow in bf16
             fused = (t.to(full).transpose(1, 2) for t in (q, k, v))
             sink = None if self.sink is None else self.sink.to(full)
-            return sink_attention(*fused, sink).transpose(1, 2).contiguous().to(self.W_O.dtype)
+            return sink_attention(*fused, sink).transpose(1, 2).contiguous().to(self.W_O.dtype), None
         pattern = self.pattern(q, k, mask)
-        return torch.einsum("bhqk,bkhd->bqhd", pattern, v.to(pattern.dtype)).contiguous()
+        return torch.einsum("bhqk,bkhd->bqhd", pattern, v.to(pattern.dtype)).contiguous(), pattern
 
     def pattern(self, q: Queries, k: Keys, mask: KeyMask | None) -> Pattern:
         """Attention weights through their four hook points; what the sink takes is missing from a row's sum.
@@ -197,15 +203,25 @@ class Attention(nn.Module):
             total = both
         return self.hook_pattern((scores - total).exp())
 
-    def _write(self, z: HeadVectors) -> Resid:
+    def _write(self, z: HeadVectors, pattern: Pattern | None) -> Resid:
+        weight, held = carried(self.W_O.flatten(0, 1), self.edge_gates["W_O"])
+        sent = [(z, weight), *((self._mixed(baseline, pattern), part) for baseline, part in held)]
         if not self.cfg.use_attn_result:
-            return self.cut_write(z.flatten(2) @ self.W_O.flatten(0, 1) + self.b_O.to(z.dtype))
+            write = sum((mixed.flatten(2) @ part for mixed, part in sent[1:]), z.flatten(2) @ weight)
+            return self.cut_write(write + self.b_O.to(z.dtype))
         # Per head, what survives of the joint write: AbsTopK acts on the sum, so each head is cut by the sum's mask,
         # and the bias is shared out evenly so that the heads add up to the write exactly.
-        heads = torch.einsum("bphd,hdm->bphm", z, self.W_O) + self.b_O / self.cfg.n_heads
+        by_head = [torch.einsum("bphd,hdm->bphm", x, part.unflatten(0, self.b_V.shape)) for x, part in sent]
+        heads = sum(by_head[1:], by_head[0]) + self.b_O / self.cfg.n_heads
         if self.cut_write.k is not None:
             heads = heads * (self.cut_write(heads.sum(2)) != 0).unsqueeze(2)
         return self.hook_result(heads).sum(2)
+
+    def _mixed(self, baseline: Float[Tensor, "*batch_pos width"], pattern: Pattern | None) -> HeadVectors:
+        """What each head would take in if every value were its baseline."""
+        assert pattern is not None
+        values = baseline.unflatten(-1, self.b_V.shape)
+        return torch.einsum("bhqk,hd->bqhd" if values.ndim == 2 else "bhqk,bkhd->bqhd", pattern, values)
 
     def reset_parameters(self) -> None:
         """Normal weights where they are not zero, zero biases and sinks; the write is scaled down with depth."""
@@ -233,6 +249,7 @@ class MLP(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(cfg.d_model), requires_grad=cfg.bias)
         self.act = nn.functional.gelu if cfg.act_fn == "gelu" else nn.functional.relu
         self.cut_neuron, self.cut_write = Cut(cfg, "neuron", cfg.d_mlp), Cut(cfg, "mlp_write", cfg.d_model)
+        self.edge_gates: dict[str, list[EdgeGate]] = {"W_in": [], "W_out": []}
         self.hook_in = HookPoint()  # batch pos d_read
         self.hook_pre = HookPoint()  # batch pos d_mlp
         self.hook_post = HookPoint()  # batch pos d_mlp
@@ -241,11 +258,15 @@ class MLP(nn.Module):
     def forward(self, read: Read) -> Resid:
         """What the MLP writes, before `hook_mlp_out`."""
         weight = self.W_in if self.W_in_pos is None else torch.cat([self.W_in, self.W_in_pos])
-        pre = read @ weight
+        pre = self._through("W_in", weight, read)
         pre = self.hook_pre(pre + self.b_in.to(pre.dtype))
         post = self.hook_post(self.cut_neuron(self.act(pre)))
-        out = post @ self.W_out
+        out = self._through("W_out", self.W_out, post)
         return self.cut_write(out + self.b_out.to(out.dtype))
+
+    def _through(self, name: str, weight: Tensor, source: Float[Tensor, "batch pos source"]) -> Tensor:
+        weight, held = carried(weight, self.edge_gates[name])
+        return sum((baseline @ part for baseline, part in held), source @ weight)
 
     def reset_parameters(self) -> None:
         """Normal weights where they are not zero, zero biases; the write is scaled down with depth."""

@@ -9,6 +9,7 @@ figures are hooks on it.
 
 import copy
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError, TokenizerError
 from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
+from sparse_interp.model.edges import EdgeGate, EdgeGates, Matrix, placed
 from sparse_interp.model.generation import Generation
 from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
@@ -229,6 +231,14 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
             raise ConfigError("a loss from `start_at_layer` needs the tokens behind the stream: pass tokens=.")
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def gated_edges(self, gates: EdgeGates) -> AbstractContextManager[None]:
+        """A block inside which edges carry the share of their source that `gates` say, and else its baseline."""
+        return placed(gates, self._gates_of)
+
+    def _gates_of(self, matrix: Matrix) -> list[EdgeGate]:
+        part, _, name = matrix.name.partition(".")
+        return getattr(self.layers[matrix.layer], part).edge_gates[name]
 
     def _beside_stream(
         self, resid: Any, tokens: Any, attention_mask: Any, n_past: int

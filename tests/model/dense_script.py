@@ -148,11 +148,12 @@ def their_models():
     return found
 
 
-def reference(shape, weights, tokens, held=None, added=None):
+def reference(shape, weights, tokens, held=None, added=None, gates=None):
     """Logits in float64, head by head.
 
     `held` says by layer and site which channels are kept and what the others hold; `added` by layer, read and head what
-    is added to the stream that this one reader reads.
+    is added to the stream that this one reader reads; `gates` by layer and matrix the share of its source that each
+    edge carries, and the baseline that the rest is of.
     """
     w = {name: weight.double() for name, weight in weights.items()}
     heads, kv = shape["n_heads"], shape["n_kv"] or shape["n_heads"]
@@ -174,9 +175,18 @@ def reference(shape, weights, tokens, held=None, added=None):
     def heard(name, x, layer, read, head=None):
         return norm(name, x + (added or {}).get((layer, read, head), 0))
 
-    def linear(x, name, bias):
+    def linear(x, name, bias=None):
         weight = w[name].permute(1, 0, 2).flatten(1) if w[name].ndim == 3 else w[name]
-        return x @ weight + w[bias].flatten()
+        _, layer, *matrix = name.split(".")
+        gate = (gates or {}).get((int(layer), ".".join(matrix))) if matrix else None
+        return messages(x, weight, gate) + (0 if bias is None else w[bias].flatten())
+
+    def messages(x, weight, gate):
+        if gate is None:
+            return x @ weight
+        share, baseline = (part.double() for part in gate)
+        carried = baseline[:, None] + share * (x[..., :, None] - baseline[:, None])  # ... source target
+        return (weight * carried).sum(-2)
 
     def rotated(x):  # complex numbers are turned by an angle that grows with the position
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -207,12 +217,15 @@ def reference(shape, weights, tokens, held=None, added=None):
             query, key = q[:, :, head], k[:, :, shared]
             query, key = (rotated(query), rotated(key)) if shape["rotary"] else (query, key)
             scores = (query @ key.mT / shape["d_head"] ** 0.5).masked_fill(~seen, -torch.inf)
-            write = write + scores.softmax(-1) @ v[:, :, shared] @ w[f"{block}.attn.W_O"][head]
+            rows = slice(head * shape["d_head"], (head + 1) * shape["d_head"])
+            gate = (gates or {}).get((layer, "attn.W_O"))
+            gate = None if gate is None else (gate[0][rows], gate[1][rows])
+            write = write + scores.softmax(-1) @ messages(v[:, :, shared], w[f"{block}.attn.W_O"][head], gate)
         x = x + node(layer, "attn_write", write)
         read = node(layer, "mlp_read", heard(f"{block}.ln2", x, layer, "mlp"))
         ahead = linear(read, f"{block}.mlp.W_in", f"{block}.mlp.b_in")
         act = activations[shape["act"]]
-        neurons = act(read @ w[f"{block}.mlp.W_gate"]) * ahead if shape["gated"] else act(ahead)
+        neurons = act(linear(read, f"{block}.mlp.W_gate")) * ahead if shape["gated"] else act(ahead)
         write = linear(node(layer, "neuron", neurons), f"{block}.mlp.W_out", f"{block}.mlp.b_out")
         x = x + node(layer, "mlp_write", write)
     return linear(
@@ -239,6 +252,23 @@ def some_nodes(cfg, share=0.5, seed=0):
     return [node for node, chosen in zip(everything, drawn.tolist(), strict=True) if chosen]
 
 
+def random_gates(model, seed=0, whole=0.3, cut=0.3):
+    """For every matrix shares of which some are 1 and some 0, and a random baseline per row."""
+    from sparse_interp.model.edges import EdgeGate, Matrix
+    from sparse_interp.model.sites import wires
+
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer, block in enumerate(model.layers):
+        for wire in wires(model.cfg):
+            weight = wire.weight(block)
+            draw = torch.rand(weight.shape, generator=generator)
+            share = torch.where(draw < whole, 1.0, torch.where(draw < whole + cut, 0.0, draw))
+            baseline = torch.randn(len(weight), generator=generator)
+            found[Matrix(layer, wire.weight_name)] = EdgeGate(share.to(weight), baseline.to(weight))
+    return found
+
+
 def seen_at_nodes(model, tokens):
     """What the hook points of all nodes see."""
     from sparse_interp.model.dense import hooked
@@ -257,7 +287,8 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
     """Largest differences between two models of the same weights, in what is said of nodes, circuits and audits."""
     from sparse_interp.circuit.graph import Circuit
     from sparse_interp.faithfulness.audit import audit
-    from sparse_interp.interventions.ablation import ablate, mean_activations
+    from sparse_interp.interventions.ablation import ablate
+    from sparse_interp.interventions.baselines import mean_activations
     from sparse_interp.interventions.patching import Head, patch_direct_paths
     from sparse_interp.interventions.pruning import PruneConfig, learn_gates
     from sparse_interp.model.dense import hooked
@@ -302,8 +333,9 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
 def against_reference(shape, weights, theirs, task) -> dict[str, float]:
     """Largest differences between a model and the arithmetic above, whole, ablated, as a circuit, and resumed."""
     from sparse_interp.circuit.graph import Circuit
-    from sparse_interp.interventions.ablation import ablate, mean_activations
+    from sparse_interp.interventions.ablation import ablate
     from sparse_interp.interventions.answers import answer_logits, stream_at
+    from sparse_interp.interventions.baselines import mean_activations
     from sparse_interp.model.dense import hooked
     from sparse_interp.model.sites import masks
 
@@ -318,6 +350,9 @@ def against_reference(shape, weights, theirs, task) -> dict[str, float]:
         found["ablations"] = largest(theirs(tokens), reference(shape, weights, tokens, held))
     with Circuit.of_nodes(theirs, everything, means).running(theirs):
         found["the circuit of all nodes"] = largest(theirs(tokens), before)
+    gates = random_gates(hooked(theirs))
+    with ablate(theirs, nodes, means), hooked(theirs).gated_edges(gates):
+        found["gated edges"] = largest(theirs(tokens), reference(shape, weights, tokens, held, gates=gates))
     held = {tuple(place): (torch.zeros_like(means[place]).bool(), means[place]) for place in means.values}
     with Circuit.of_nodes(theirs, [], means).running(theirs):
         found["the circuit of none"] = largest(theirs(tokens), reference(shape, weights, tokens, held))

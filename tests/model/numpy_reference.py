@@ -41,13 +41,27 @@ def attention(q, k, v, sink, allowed):
     return z, pattern
 
 
-def forward(cfg, weights, tokens, mask=None, messages=None):
+def brought(x, weight, gate=None):
+    """What a matrix brings from `x`; with a gate (share, baseline) edge by edge, each with its own message."""
+    if gate is None:
+        return x @ weight
+    share, baseline = gate
+    out = np.zeros((*x.shape[:-1], weight.shape[1]))
+    for s, t in np.ndindex(weight.shape):
+        out[..., t] += weight[s, t] * (baseline[..., s] + share[s, t] * (x[..., s] - baseline[..., s]))
+    return out
+
+
+def forward(cfg, weights, tokens, mask=None, messages=None, gates=None, held=None):
     """Logits [batch pos d_vocab] and what every site holds, by hook name.
 
     `cfg` is a dict of the model's fields, `weights` its tensors as arrays; `mask` is 0 at padding. `messages` are added
     to the stream for one reader alone: (layer, letter, head), (layer, "mlp", None) or (n_layers, "final", None).
+    `gates` are (share [source target], baseline [source]) by (layer, name of matrix), and `held` by hook name which
+    channels are kept and what the others hold.
     """
-    messages = messages or {}
+    messages, gates, held = messages or {}, gates or {}, held or {}
+    node = lambda name, x: np.where(held[name][0], x, held[name][1]) if name in held else x
     cuts = [] if cfg["afrac"] is None else cfg["afrac_sites"]
     cut = lambda site, x: abs_topk(x, cfg["afrac"], cfg["afrac_min"]) if site in cuts else x
     stream_act = lambda x: np.maximum(x, 0) if cfg["residual_act"] == "relu" else x
@@ -78,13 +92,17 @@ def forward(cfg, weights, tokens, mask=None, messages=None):
     for layer in range(cfg["n_layers"]):
         block = f"blocks.{layer}"
         x = seen[f"{block}.hook_resid_pre"] = cut("resid_pre", x)
-        a = seen[f"{block}.attn.hook_in"] = read(x, f"{block}.ln1", "attn_read")
+        a = read(x, f"{block}.ln1", "attn_read")
+        a = seen[f"{block}.attn.hook_in"] = node(f"{block}.attn.hook_in", a)
         vectors = {}
         for letter in "qkv":
             weight = with_position_rows(f"{block}.attn.W_{letter.upper()}")  # head d_read d_head
             own = [read_by((layer, letter, h), x, f"{block}.ln1", "attn_read", a) for h in range(cfg["n_heads"])]
-            heads = [own[h] @ weight[h] + weights[f"{block}.attn.b_{letter.upper()}"][h] for h in range(cfg["n_heads"])]
-            flat = cut(letter, np.concatenate(heads, -1))
+            gate, size = gates.get((layer, f"attn.W_{letter.upper()}")), cfg["d_head"]
+            parts = [gate and (gate[0][:, h * size : (h + 1) * size], gate[1]) for h in range(cfg["n_heads"])]
+            biases = weights[f"{block}.attn.b_{letter.upper()}"]
+            heads = [brought(own[h], weight[h], parts[h]) + biases[h] for h in range(cfg["n_heads"])]
+            flat = node(f"{block}.attn.hook_{letter}", cut(letter, np.concatenate(heads, -1)))
             vectors[letter] = flat.reshape(batch, n, cfg["n_heads"], cfg["d_head"])
             seen[f"{block}.attn.hook_{letter}"] = vectors[letter]
         z = np.zeros_like(vectors["q"])
@@ -98,19 +116,31 @@ def forward(cfg, weights, tokens, mask=None, messages=None):
                 z[b, :, h], pattern[b, h] = attention(q, k, v, sink, allowed)
         seen[f"{block}.attn.hook_z"], seen[f"{block}.attn.hook_pattern"] = z, pattern
         write = sum(z[:, :, h] @ weights[f"{block}.attn.W_O"][h] for h in range(cfg["n_heads"]))
-        seen[f"{block}.hook_attn_out"] = cut("attn_write", write + weights[f"{block}.attn.b_O"])
+        if (layer, "attn.W_O") in gates:
+            share, baseline = (part.reshape(cfg["n_heads"], cfg["d_head"], -1) for part in gates[layer, "attn.W_O"])
+            write = np.zeros_like(x)
+            for h, c in np.ndindex(cfg["n_heads"], cfg["d_head"]):  # a value's message is mixed as the value is
+                for t in range(cfg["d_model"]):
+                    carried = baseline[h, c] + share[h, c, t] * (vectors["v"][:, :, h, c] - baseline[h, c])
+                    message = weights[f"{block}.attn.W_O"][h, c, t] * carried
+                    write[..., t] += np.einsum("bij,bj->bi", pattern[:, h], message)
+        write = cut("attn_write", write + weights[f"{block}.attn.b_O"])
+        seen[f"{block}.hook_attn_out"] = node(f"{block}.hook_attn_out", write)
         x = cut("resid_mid", stream_act(x + seen[f"{block}.hook_attn_out"]))
         seen[f"{block}.hook_resid_mid"] = x
         m = read(x + messages.get((layer, "mlp", None), 0.0), f"{block}.ln2", "mlp_read")
-        seen[f"{block}.mlp.hook_in"] = m
-        pre = m @ with_position_rows(f"{block}.mlp.W_in") + weights[f"{block}.mlp.b_in"]
-        neurons = seen[f"{block}.mlp.hook_post"] = cut("neuron", act(pre))
-        write = neurons @ weights[f"{block}.mlp.W_out"] + weights[f"{block}.mlp.b_out"]
-        seen[f"{block}.hook_mlp_out"] = cut("mlp_write", write)
+        m = seen[f"{block}.mlp.hook_in"] = node(f"{block}.mlp.hook_in", m)
+        pre = brought(m, with_position_rows(f"{block}.mlp.W_in"), gates.get((layer, "mlp.W_in")))
+        neurons = node(f"{block}.mlp.hook_post", cut("neuron", act(pre + weights[f"{block}.mlp.b_in"])))
+        seen[f"{block}.mlp.hook_post"] = neurons
+        write = brought(neurons, weights[f"{block}.mlp.W_out"], gates.get((layer, "mlp.W_out")))
+        write = cut("mlp_write", write + weights[f"{block}.mlp.b_out"])
+        seen[f"{block}.hook_mlp_out"] = node(f"{block}.hook_mlp_out", write)
         x = cut("resid_post", stream_act(x + seen[f"{block}.hook_mlp_out"]))
         seen[f"{block}.hook_resid_post"] = x
     x = x + messages.get((cfg["n_layers"], "final", None), 0.0)
-    final = seen["unembed.hook_in"] = norm(x, weights, "ln_final", cfg["norm"], cfg["eps"])
+    final = node("unembed.hook_in", norm(x, weights, "ln_final", cfg["norm"], cfg["eps"]))
+    seen["unembed.hook_in"] = final
     unembed = weights["embed.W_E"].T if cfg["tie_unembed"] else weights["unembed.W_U"]
     logits = final @ unembed + weights["unembed.b_U"]
     if cfg["bigram"]:
