@@ -1,16 +1,17 @@
 """Calibration: one scale on a circuit's logits, fitted once its size has been chosen, and reported beside it.
 
-    logits  <-  s logits,   s the minimiser of   mean KL(model || softmax(s logits))              for `agreement`
-                                                 mean -ln softmax(s [answer, foil] logits)_answer   for `task_loss`
+    logits  <-  s logits,   s the minimiser of  mean KL(model || softmax(s logits))              for `agreement`
+                                                mean -ln sigmoid(s d)                            for `task_loss`
+                                                mean (s d - d of the model)^2 / mean (d of it)^2 for `logit_difference`
 
 Gao et al. 2025 (arXiv:2511.13653) fit a scale and a shift after discretisation; a shift of all logits does nothing
-under a softmax, so one number is left. Both losses are convex in s. Their derivatives, in float64,
+under a softmax, so one number is left. With d = logit[answer] - logit[foil] and x all logits, the losses are convex in
+s; what their slopes (but for positive factors) have in common is at most one root, which bisection finds in float64:
 
-    E_softmax(s x)[x] - E_model[x]           and           - mean  d sigmoid(-s d),   d = logit[answer] - logit[foil]
+    mean E_softmax(s x)[x] - E_model[x]          - mean d sigmoid(-s d)          mean d (s d - d of the model)
 
-have at most one root, which bisection finds. A circuit that is the model itself has s = 1 under agreement; a task loss
-may fall for ever as s grows (every prompt right) and then s is the end of its range. No search, size or verdict looks
-at a calibrated number.
+A circuit that is the model itself has s = 1, but for the task loss, which may fall for ever as s grows (every prompt
+right); s is then the end of its range. No search, size or verdict looks at a calibrated number.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,10 @@ N_HALVINGS = 60
 """Steps of the bisection; more would not change a float64."""
 
 
+Loss = Callable[[float], Float[Tensor, " batch"]]
+"""A scale -> one number per prompt."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A scale for a circuit's logits, with the loss that it was fitted to."""
@@ -43,13 +48,13 @@ class Calibration:
     """What the logits are multiplied by, at least 0."""
 
     loss: float
-    """The mean loss with the scale, nats."""
+    """The mean loss with the scale, nats (of `logit_difference` a share)."""
 
     loss_without: float
-    """The mean loss without it, nats."""
+    """The mean loss without it."""
 
     objective: str
-    """Which loss: `agreement` or `task_loss`."""
+    """Which loss, as `PruneConfig.objective` names it."""
 
     def apply(self, logits: Float[Tensor, "*axes d_vocab"]) -> Float[Tensor, "*axes d_vocab"]:
         """The calibrated logits; what was given stays as it is."""
@@ -74,33 +79,29 @@ def calibrate(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> Calibratio
 
 
 def fit_scale(logits: AnswerLogits, reference: AnswerLogits, batch: TaskBatch, objective: str) -> Calibration:
-    """The scale of `logits` at which they fit best, under `agreement` with `reference` or for the `task_loss`.
+    """The scale at which `logits` have the least loss; `reference` are the model's.
 
     Raises:
         CircuitError: if there are no prompts, or a logit is not finite.
     """
     if len(batch) == 0 or not bool(torch.isfinite(logits).all()):
         raise CircuitError(f"a scale is fitted to finite logits of at least one prompt; got {len(batch)} prompts.")
-    x = logits.double()
-    if objective == "task_loss":
-        d = logit_difference(x, batch)
-
-        def slope(s: float) -> float:
-            return -(d * torch.sigmoid(-s * d)).mean().item()
-
-        def loss(s: float) -> float:
-            return softplus(-s * d).mean().item()
-    else:
-        wanted = (reference.double().softmax(-1) * x).sum(-1)
-
-        def slope(s: float) -> float:
-            return (((s * x).softmax(-1) * x).sum(-1) - wanted).mean().item()
-
-        def loss(s: float) -> float:
-            return kl_divergence(reference.double(), s * x, batch).mean().item()
-
-    scale = _root(slope)
-    return Calibration(scale, loss(scale), loss(1.0), objective)
+    x, wanted = logits.double(), reference.double()
+    d, d_wanted = logit_difference(x, batch), logit_difference(wanted, batch)
+    expected = (wanted.softmax(-1) * x).sum(-1)
+    slopes: dict[str, Loss] = {
+        "agreement": lambda s: ((s * x).softmax(-1) * x).sum(-1) - expected,
+        "task_loss": lambda s: -d * torch.sigmoid(-s * d),
+        "logit_difference": lambda s: d * (s * d - d_wanted),
+    }
+    losses: dict[str, Loss] = {
+        "agreement": lambda s: kl_divergence(wanted, s * x, batch),
+        "task_loss": lambda s: softplus(-s * d),
+        "logit_difference": lambda s: (s * d - d_wanted).square() / d_wanted.square().mean(),
+    }
+    scale = _root(lambda s: slopes[objective](s).mean().item())
+    without, least = (losses[objective](s).mean().item() for s in (1.0, scale))
+    return Calibration(scale, least, without, objective)
 
 
 def _root(slope: Callable[[float], float]) -> float:

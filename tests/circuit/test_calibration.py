@@ -9,7 +9,7 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.model.dense import hooked
-from sparse_interp.tasks.task import answer_loss, kl_divergence
+from sparse_interp.tasks.task import answer_loss, kl_divergence, logit_difference
 
 
 @pytest.fixture
@@ -29,9 +29,11 @@ def on_a_grid(loss):
 
 def test_the_scale_is_where_a_search_over_scales_finds_the_least_loss(noisy):
     batch, teacher, logits = noisy
+    d, d_teacher = logit_difference(logits.double(), batch), logit_difference(teacher.double(), batch)
     losses = {
         "agreement": lambda s: kl_divergence(teacher.double(), s * logits.double(), batch).mean(),
         "task_loss": lambda s: answer_loss(s * logits.double(), batch).mean(),
+        "logit_difference": lambda s: ((s * d - d_teacher) ** 2).sum() / (d_teacher**2).sum(),
     }
     for objective, loss in losses.items():
         found = fit_scale(logits, teacher, batch, objective)
@@ -43,10 +45,11 @@ def test_the_scale_is_where_a_search_over_scales_finds_the_least_loss(noisy):
 
 def test_the_model_itself_needs_no_scale_and_one_that_was_turned_up_is_turned_down(noisy):
     batch, teacher, _ = noisy
-    itself = fit_scale(teacher, teacher, batch, "agreement")
-    assert itself.scale == pytest.approx(1, abs=1e-9) and abs(itself.loss) < 1e-9
-    louder = fit_scale(2.5 * teacher, teacher, batch, "agreement")
-    assert louder.scale == pytest.approx(0.4, abs=1e-6) and louder.loss < 1e-9 < louder.loss_without
+    for objective in ("agreement", "logit_difference"):
+        itself = fit_scale(teacher, teacher, batch, objective)
+        assert itself.scale == pytest.approx(1, abs=1e-9) and abs(itself.loss) < 1e-9
+        louder = fit_scale(2.5 * teacher, teacher, batch, objective)
+        assert louder.scale == pytest.approx(0.4, abs=1e-6) and louder.loss < 1e-9 < louder.loss_without
 
 
 def test_a_loss_that_falls_for_ever_ends_with_the_range(noisy):
