@@ -247,7 +247,9 @@ def _fields(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "task_name": task["name"],
         "task_sha256": task["templates_sha256"],
         "tokenizer_sha256": record["tokenizer_sha256"],
-        "prune": None if prune is None else PruneConfig(**{**prune, "sites": tuple(prune["sites"])}),
+        "prune": None
+        if prune is None
+        else PruneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in prune.items()}),
         "seed": record["seed"],
         "scores": _frame_of(record["scores"], SCORE_TYPES),
         "history": _frame_of(record["history"], {}),

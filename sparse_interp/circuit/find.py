@@ -14,17 +14,19 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from sparse_interp.circuit.calibration import fit_scale
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
+from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import GateSearch, learn_gates
-from sparse_interp.interventions.selection import Selection, smallest_prefix, split_pairs
+from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix, split_pairs
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeValues, key_of, masks, queries_of
 from sparse_interp.model.zoo import means_of
-from sparse_interp.tasks.task import Task
+from sparse_interp.tasks.task import Task, answer_loss, kl_divergence
 from sparse_interp.tokenizer import tokenizer_hash
 
 MAX_PASSES = 2
@@ -43,6 +45,7 @@ def find_circuit(
     config: PruneConfig | None = None,
     *,
     baseline: NodeValues | None = None,
+    search_baseline: Baseline | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> Circuit:
@@ -54,6 +57,8 @@ def find_circuit(
         config: how to search; None takes the defaults, which ask for agreement with the model.
         baseline: what nodes outside the circuit are held at; None takes the means over text that are kept beside a
             bundled model, and for any other model `mean_activations(model, blocks)` makes them.
+        search_baseline: what they are held at while gates are trained and the size is chosen, constants or values of
+            prompts; None takes `baseline`. The scores say how each number was measured.
         generator: draws prompts and starting gates.
         progress: whether to show progress bars.
 
@@ -67,8 +72,28 @@ def find_circuit(
     baseline = means_of(model) if baseline is None else baseline
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
-    search = learn_gates(model, train, config, baseline, generator=generator, progress=progress)
-    selection = Selection(model, select, baseline)
+    held = baseline if search_baseline is None else search_baseline
+    search = learn_gates(model, train, config, held, generator=generator, progress=progress)
+    selection = Selection(model, select, held, frozen_norms=config.frozen_norms)
+    return sized(model, task, search, selection, baseline, config, seed=seed, progress=progress)
+
+
+def sized(
+    model: HookedModel,
+    task: Task,
+    search: GateSearch,
+    selection: Selection,
+    baseline: NodeValues,
+    config: PruneConfig,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> Circuit:
+    """Steps 2 and 3: the smallest circuit in what `search` learned, with its scores on the selection pairs.
+
+    Raises:
+        CircuitError: if no circuit meets the stopping rule.
+    """
 
     def good(n: int) -> bool:
         return selection.fit(kept_by(search.order[:n], model, config)).enough(config)
@@ -86,7 +111,7 @@ def find_circuit(
         tokenizer_sha256=tokenizer_hash(task.tokenizer),
         prune=config,
         seed=seed,
-        scores=_scores(model, nodes, search, selection, config),
+        scores=_scores(model, nodes, search, selection, baseline, config),
         history=search.history.frame,
     )
 
@@ -166,6 +191,7 @@ def _scores(
     nodes: Sequence[Node],
     search: GateSearch,
     selection: Selection,
+    baseline: NodeValues,
     config: PruneConfig,
 ) -> pd.DataFrame:
     """Both losses side by side, the divergence, and the size that the paper's own stopping rule would have chosen."""
@@ -178,12 +204,44 @@ def _scores(
         at_target = float(smallest_prefix(len(search.order), reaches_target, search.n_open))
     except CircuitError:
         at_target = float("nan")  # the model itself does not get there
-    method = (f"full, {selection.baseline.kind}", "selection", len(selection.batch))
     rows = [
+        *_fit_rows(fit),
+        (f"nodes at task loss {config.target_task_loss}", at_target, "nodes", "prefix of the ranking"),
+    ]
+    if config.rule == "logit_difference":
+        rows.append(("error of logit difference", fit.ld_error, "share", "mean square, of that of the model's own"))
+    if config.calibrate:
+        rows += _calibrated_rows(model, nodes, selection, config)
+    measured = [(*row, selection.ablation) for row in rows]
+    running = selection.under(baseline)
+    if running.ablation != selection.ablation:  # what was searched with is not what the circuit runs with
+        as_run = _fit_rows(running.fit(kept_by(nodes, model, config)))
+        measured += [(f"{name}, as it runs", *rest, running.ablation) for name, *rest in as_run]
+    split = ("selection", len(selection.batch))
+    table = [(name, value, unit, ablation, metric, *split) for name, value, unit, metric, ablation in measured]
+    return pd.DataFrame(table, columns=list(SCORE_COLUMNS))
+
+
+def _fit_rows(fit: Fit) -> list[tuple[str, float, str, str]]:
+    """What a circuit does on the selection pairs: measure, value, unit, metric."""
+    return [
         ("task loss of circuit", fit.loss, "nats", "cross-entropy of answer against foil"),
         ("task loss of model", fit.model_loss, "nats", "cross-entropy of answer against foil"),
         ("KL(model || circuit)", fit.kl, "nats", "vocabulary at the answer position"),
-        (f"nodes at task loss {config.target_task_loss}", at_target, "nodes", "prefix of the ranking"),
     ]
-    table = [(name, value, unit, method[0], metric, method[1], method[2]) for name, value, unit, metric in rows]
-    return pd.DataFrame(table, columns=list(SCORE_COLUMNS))
+
+
+def _calibrated_rows(
+    model: HookedModel, nodes: Sequence[Node], selection: Selection, config: PruneConfig
+) -> list[tuple[str, float, str, str]]:
+    """The same losses with the circuit's logits scaled, and the scale; on the pairs that it is fitted to."""
+    logits = selection.logits(kept_by(nodes, model, config))
+    fitted = fit_scale(logits, selection.reference, selection.batch, config.objective)
+    scaled = fitted.apply(logits)
+    loss = answer_loss(scaled, selection.batch).mean().item()
+    kl = kl_divergence(selection.reference, scaled, selection.batch).mean().item()
+    return [
+        ("task loss of calibrated circuit", loss, "nats", "cross-entropy of answer against foil"),
+        ("KL(model || calibrated circuit)", kl, "nats", "vocabulary at the answer position"),
+        ("scale of calibrated logits", fitted.scale, "factor", f"fitted to the objective {config.objective}"),
+    ]

@@ -7,17 +7,25 @@ S masks stand side by side on one frozen model: a batch holds the prompts of mas
 so on, and every row meets the gates of its own mask. Each mask draws from its own generator what it would draw alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from sparse_interp.interventions.ablation import FwdHooks
+from sparse_interp.interventions.ablation import partial
+from sparse_interp.interventions.answers import at_answers
+from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.norms import frozen_norm_hooks
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.model.dense import HookedModel
-from sparse_interp.model.sites import Node, NodeValues, Place, flat, group_size, places, queries_of, width
+from sparse_interp.model.dense import FwdHooks, HookedModel
+from sparse_interp.model.sites import Node, NodeValues, Place, group_size, places, queries_of, width
+from sparse_interp.tasks.task import TaskBatch
+
+Meeting = Callable[..., AbstractContextManager]
+"""(gates, shares or None), both group -> [mask ...]: a block in which each row of a batch meets those of its mask."""
 
 
 class _Gate(torch.autograd.Function):
@@ -43,11 +51,12 @@ def gate(
     return _Gate.apply(tau, temperature, noise)  # pyright: ignore[reportReturnType]
 
 
-class Gates:
+class Gates(ABC):
     """The parameters of S masks over the same gates, which come in named groups.
 
     Args:
         sizes: how many gates each group has, in the order in which they lie in `taus`.
+        free: how many things with a share of their own are gated by group; nodes that share a gate are several.
         configs: how each mask is learned.
         generators: where each mask's randomness comes from.
         like: a tensor whose dtype and device the gates take.
@@ -56,10 +65,12 @@ class Gates:
     def __init__(
         self,
         sizes: Mapping[Hashable, int],
+        free: Mapping[Hashable, int],
         configs: Sequence[PruneConfig],
         generators: Sequence[torch.Generator],
         like: Tensor,
     ):
+        self.free = dict(free)
         self.sizes, self.configs, self.generators = dict(sizes), list(configs), list(generators)
         self.taus = [self._start(*each).to(like).requires_grad_() for each in zip(configs, generators, strict=True)]
         """For each mask all its parameters, group after group."""
@@ -70,6 +81,14 @@ class Gates:
         return torch.cat(
             [config.tau_init + 0.01 * torch.randn(size, generator=generator) for size in self.sizes.values()]
         )
+
+    @abstractmethod
+    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
+        """How the prompts `rows`, of which the first `counts[0]` are the first mask's, meet gates.
+
+        What it returns makes a block of the gates that were drawn (group -> [mask gate], 1 open) and of shares, how
+        much is left where a gate is shut (group -> [mask free], in [0, 1], or None for nothing).
+        """
 
     def groups(self, of_gates: Float[Tensor, "*mask gate"]) -> dict[Hashable, Float[Tensor, "*mask group"]]:
         """One number for every gate, taken apart into groups."""
@@ -93,6 +112,14 @@ class Gates:
         uniform = [torch.rand(size, generator=self.generators[i]) for size in self.sizes.values()]
         return torch.cat(uniform).logit(eps=1e-6).to(self.taus[i]) * scale
 
+    def shares(self, chosen: Sequence[int]) -> dict[Hashable, Float[Tensor, "mask free"]]:
+        """A stochastic draw of how much is left of what shut gates ablate, for each of the `chosen` masks."""
+        drawn = {}
+        for group, n in self.free.items():
+            rows = [torch.rand(n, generator=self.generators[i]) for i in chosen]
+            drawn[group] = torch.stack(rows).to(self.taus[0])
+        return drawn
+
     def n_open(self, i: int) -> int:
         """How many gates of mask `i` are open without noise."""
         return int((self.taus[i] >= 0).sum())
@@ -114,14 +141,23 @@ class Gates:
 class NodeGates(Gates):
     """One gate per node of the gated sites. Where q and k of a channel are tied, theirs stands under q, one per k."""
 
-    def __init__(self, model: HookedModel, configs: Sequence[PruneConfig], generators: Sequence[torch.Generator]):
-        self.cfg, self.sites, self.tied = model.cfg, configs[0].sites, configs[0].share_qk
+    def __init__(
+        self,
+        model: HookedModel,
+        baseline: Baseline,
+        configs: Sequence[PruneConfig],
+        generators: Sequence[torch.Generator],
+    ):
+        self.model, self.cfg = model, model.cfg
+        self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
+        self.sites, self.tied, self.frozen_norms = configs[0].sites, configs[0].share_qk, configs[0].frozen_norms
         sizes = {
             place: width(model.cfg, "k" if self.tied and place.site == "q" else place.site)
             for place in places(model.cfg, self.sites)
             if not (self.tied and place.site == "k")
         }
-        super().__init__(sizes, configs, generators, model.embed.W_E)
+        free = {place: width(model.cfg, place.site) for place in places(model.cfg, self.sites)}
+        super().__init__(sizes, free, configs, generators, model.embed.W_E)
 
     def owner(self, place: Place) -> Place | None:
         """Under which place the gates of `place` stand; None where it has none."""
@@ -137,15 +173,22 @@ class NodeGates(Gates):
         grouped = of_gates.unflatten(-1, (-1, 1, self.cfg.d_head))
         return grouped.expand(*grouped.shape[:-2], n_heads, -1).flatten(-3)
 
-    def hooks(
-        self, opened: Mapping[Hashable, Float[Tensor, "mask gate"]], counts: Sequence[int], baseline: NodeValues
-    ) -> FwdHooks:
-        """Hooks under which `counts[i]` rows of the batch, one mask after the other, meet the gates of mask i."""
-        found: FwdHooks = []
-        for place in places(self.cfg, self.sites):
-            m = per_row(self.per_node(place, opened[self.owner(place)])[:, None], counts)
-            found.append((place.hook, _gating(m, baseline[place])))
-        return found
+    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
+        """Blocks of hooks, over the baseline's values for these prompts and the norms' scales where they are frozen."""
+        values = self.baseline
+        if not isinstance(values, NodeValues):
+            values = at_answers(values.on(self.model, rows), rows)
+        norms = frozen_norm_hooks(self.model, rows) if self.frozen_norms else []
+
+        def block(opened: Mapping, shares: Mapping | None = None) -> AbstractContextManager:
+            found: FwdHooks = [*norms]
+            for place in places(self.cfg, self.sites):
+                m = per_row(self.per_node(place, opened[self.owner(place)])[:, None], counts)
+                r = None if shares is None else per_row(shares[place][:, None], counts)
+                found.append((place.hook, partial(m, values[place], r)))
+            return self.model.hooks(fwd_hooks=found)
+
+        return block
 
     def ranking(self, i: int) -> list[Node]:
         """Nodes of mask `i`, the most needed first. Nodes that share a gate follow each other, q before k."""
@@ -173,11 +216,3 @@ def per_row(of_masks: Float[Tensor, "mask pos width"], counts: Sequence[int]) ->
     if len(counts) == 1:
         return of_masks
     return torch.cat([mask[None].expand(n, *mask.shape) for mask, n in zip(of_masks, counts, strict=True)])
-
-
-def _gating(m: Float[Tensor, "#row #pos width"], baseline: Float[Tensor, " width"]) -> Callable:
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        channels = flat(activation)
-        return (baseline + m * (channels - baseline)).view_as(activation)
-
-    return hook

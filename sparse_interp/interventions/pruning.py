@@ -15,8 +15,9 @@ their training (method and pitfalls: Drori 2026).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pandas as pd
@@ -27,30 +28,38 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from sparse_interp.errors import ConfigError
-from sparse_interp.interventions.ablation import FwdHooks
+from sparse_interp.interventions.ablation import ascend
 from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, both_sides, frozen
+from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, NodeGates
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeValues
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, lines
-from sparse_interp.tasks.task import TaskBatch, answer_loss
+from sparse_interp.tasks.task import TaskBatch, answer_loss, logit_difference_error
 
 TAU_RANGE = (-1.0, 1.5)
-IN_COMMON = ("n_steps", "batch_size", "sites", "share_qk")
+IN_COMMON = (
+    "n_steps",
+    "batch_size",
+    "sites",
+    "share_qk",
+    "schemes",
+    "adversary_steps",
+    "adversary_step_size",
+    "frozen_norms",
+    "per_position",
+)
 """What masks that are learned together have to agree in."""
-
-GatedHooks = Callable[[dict, Sequence[int], TaskBatch], FwdHooks]
-"""(gates by group, rows per mask, those rows) -> the hooks under which each row meets the gates of its mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class SearchHistory(Table):
     """A search step by step: one row per step."""
 
-    columns: ClassVar[tuple[str, ...]] = ("step", "objective", "open_gates", "price_nats")
-    """`objective` is that of the step's batch, in nats; `price_nats` what an open gate costs."""
+    columns: ClassVar[tuple[str, ...]] = ("step", "objective", "open_gates", "price")
+    """`objective` is that of the step's batch, in its own unit; `price` what an open gate costs in that unit."""
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The objective (mean of 20 steps) and the share of gates that are open."""
@@ -87,7 +96,7 @@ def learn_gates(
     model: AnyModel,
     pairs: TaskBatch,
     config: PruneConfig,
-    baseline: NodeValues,
+    baseline: Baseline,
     *,
     generator: torch.Generator,
     progress: bool = False,
@@ -104,7 +113,7 @@ def learn_many(
     model: AnyModel,
     pairs: TaskBatch,
     configs: Sequence[PruneConfig],
-    baseline: NodeValues,
+    baseline: Baseline,
     *,
     generators: Sequence[torch.Generator],
     progress: bool = False,
@@ -121,14 +130,10 @@ def learn_many(
     """
     model = hooked(model)
     check_common(configs, generators)
-    baseline.check(model.cfg)
-    baseline = baseline.to(model.embed.W_E)
-    gates = NodeGates(model, configs, generators)
-
-    def hooks(opened: dict, counts: Sequence[int], rows: TaskBatch) -> FwdHooks:
-        return gates.hooks(opened, counts, baseline)
-
-    histories = train_gates(model, pairs, gates, hooks, progress=progress)
+    if isinstance(baseline, NodeValues):
+        baseline.check(model.cfg)
+    gates = NodeGates(model, baseline, configs, generators)
+    histories = train_gates(model, pairs, gates, progress=progress)
     found = []
     for i, history in enumerate(histories):
         order, tau = gates.ranking(i), gates.values(i)
@@ -151,34 +156,57 @@ def check_common(configs: Sequence[PruneConfig], generators: Sequence[torch.Gene
             )
 
 
-def train_gates(
-    model: HookedModel, pairs: TaskBatch, gates: Gates, hooks: GatedHooks, *, progress: bool = False
-) -> list[SearchHistory]:
-    """Train the masks of `gates` until their steps are over; the history of each.
-
-    `hooks(opened, counts, rows)` makes a step's forward hooks from the gates that it drew (group -> [mask gate]) and
-    its prompts, of which the first `counts[0]` are mask 0's.
-    """
+def train_gates(model: HookedModel, pairs: TaskBatch, gates: Gates, *, progress: bool = False) -> list[SearchHistory]:
+    """Train the masks of `gates` until their steps are over, or each has stopped; the history of each."""
     batch = both_sides(pairs).to(model.embed.W_E.device)
     searches = [_Search(gates, i, pairs.lengths) for i in range(len(gates.taus))]
-    chosen = range(len(searches))
     with evaluating(model), frozen(model):
         reference = all_answer_logits(model, batch)
         steps = tqdm(range(gates.configs[0].n_steps), disable=not progress, desc="gates", unit="step")
         for step in steps:
-            rows = [next(search.draws) for search in searches]
-            counts, joined = [len(own) for own in rows], torch.cat(rows)
-            here, opened = batch.rows(joined), gates.drawn(step, chosen)
-            with model.hooks(fwd_hooks=hooks(opened, counts, here)):
-                logits = answer_logits(model, here).split(counts)
-            parts = zip(searches, reference[joined].split(counts), logits, rows, strict=True)
-            fits = torch.stack([search.objective(ref, got, batch.rows(own)) for search, ref, got, own in parts])
-            grads = torch.autograd.grad(fits.sum(), gates.taus)
-            for search, fit, grad in zip(searches, fits.tolist(), grads, strict=True):
+            running = [search for search in searches if not search.stopped]
+            if not running:
+                break
+            fits = _fits(model, gates, running, batch, reference, step)
+            grads = torch.autograd.grad(fits.sum(), [search.tau for search in running])
+            for search, fit, grad in zip(running, fits.tolist(), grads, strict=True):
                 search.update(step, fit, grad)
             if step % 10 == 0:
                 steps.set_postfix_str("; ".join(search.said for search in searches[:4]))
     return [search.history for search in searches]
+
+
+def _fits(
+    model: HookedModel,
+    gates: Gates,
+    running: "Sequence[_Search]",
+    batch: TaskBatch,
+    reference: AnswerLogits,
+    step: int,
+) -> Float[Tensor, " mask"]:
+    """What each running mask's gates are worth on the prompts that it draws: the mean of its objective over schemes."""
+    config, chosen = gates.configs[0], [search.i for search in running]
+    rows = [next(search.draws) for search in running]
+    counts, joined = [len(own) for own in rows], torch.cat(rows)
+    here, opened = batch.rows(joined), gates.drawn(step, chosen)
+    own = [batch.rows(own) for own in rows]
+    block, references = gates.meeting(here, counts), reference[joined].split(counts)
+
+    def fits(opened: Mapping, shares: Mapping | None) -> Float[Tensor, " mask"]:
+        with block(opened, shares):
+            logits = answer_logits(model, here).split(counts)
+        parts = zip(running, references, logits, own, strict=True)
+        return torch.stack([search.objective(ref, got, prompts) for search, ref, got, prompts in parts])
+
+    found = []
+    for scheme in config.schemes:
+        shares = None if scheme == "full" else gates.shares(chosen)
+        if scheme == "adversarial":
+            shut = {group: m.detach() for group, m in opened.items()}
+            steps = {"n_steps": config.adversary_steps, "step_size": config.adversary_step_size}
+            shares = ascend([partial(fits, shut)], shares, **steps)[0]
+        found.append(fits(opened, shares))
+    return torch.stack(found).mean(0)
 
 
 class _Search:
@@ -207,6 +235,15 @@ class _Search:
         self.rows.append((step + 1, fit, self.gates.n_open(self.i), self.price.now))
 
     @property
+    def stopped(self) -> bool:
+        """Whether the number of open gates has settled, as `stop_after` defines it."""
+        n = self.config.stop_after
+        if not n:
+            return False
+        quiet = [n_open for step, _, n_open, _ in self.rows[-n:] if not self.config.noise_scale(step - 1)]
+        return len(quiet) == n and max(quiet) - min(quiet) <= 0.01 * max(quiet)
+
+    @property
     def said(self) -> str:
         """Where the search stands, in words."""
         _, fit, n_open, _ = self.rows[-1]
@@ -218,13 +255,23 @@ class _Search:
         return SearchHistory(pd.DataFrame(self.rows, columns=list(SearchHistory.columns)))
 
 
-def objective_of(config: PruneConfig) -> Callable[[AnswerLogits, AnswerLogits, TaskBatch], Float[Tensor, ""]]:
-    """What the search minimises besides size: (model logits, circuit logits, batch) -> nats."""
-    if config.objective == "task_loss":
-        return lambda reference, logits, batch: answer_loss(logits, batch).mean()
-    return lambda reference, logits, batch: kl_div(
-        log_softmax(logits, -1), log_softmax(reference, -1), log_target=True, reduction="batchmean"
-    )
+Objective = Callable[[AnswerLogits, AnswerLogits, TaskBatch], Float[Tensor, ""]]
+"""What a search minimises besides size: (model's logits, circuit's logits, batch) -> a number, 0 at best."""
+
+
+def objective_of(config: PruneConfig) -> Objective:
+    """The objective that a search asks for."""
+    return {"agreement": _disagreement, "task_loss": _task_loss, "logit_difference": logit_difference_error}[
+        config.objective
+    ]
+
+
+def _disagreement(reference: AnswerLogits, logits: AnswerLogits, batch: TaskBatch) -> Float[Tensor, ""]:
+    return kl_div(log_softmax(logits, -1), log_softmax(reference, -1), log_target=True, reduction="batchmean")
+
+
+def _task_loss(reference: AnswerLogits, logits: AnswerLogits, batch: TaskBatch) -> Float[Tensor, ""]:
+    return answer_loss(logits, batch).mean()
 
 
 class _Price:
@@ -235,7 +282,8 @@ class _Price:
 
     def __init__(self, config: PruneConfig):
         self.now, self.rate = config.k_coef, config.price_rate
-        self.bound = config.target_task_loss if config.objective == "task_loss" else config.max_kl
+        bounds = {"task_loss": config.target_task_loss, "logit_difference": config.max_ld_error}
+        self.bound = bounds.get(config.objective, config.max_kl)
         self.fit: float | None = None
 
     def follow(self, fit: float) -> None:

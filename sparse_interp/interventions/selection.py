@@ -1,8 +1,10 @@
 """The size of a circuit: how well a set of nodes agrees with its model, and the smallest prefix of a ranking that does.
 
-Candidates are measured on fixed pairs that no gate was trained on, so that bisection compares like with like.
+Candidates are measured on fixed pairs that no gate was trained on, so that bisection compares like with like. What is
+outside a candidate is ablated fully, to whatever baseline the search has.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +12,25 @@ import torch
 
 from sparse_interp.axes import Resid
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import Masks, holding_hooks
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, both_sides, stream_at
+from sparse_interp.interventions.ablation import Masks, Values, holding_hooks
+from sparse_interp.interventions.answers import (
+    AnswerLogits,
+    all_answer_logits,
+    answer_logits,
+    at_answers,
+    both_sides,
+    stream_at,
+)
+from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.norms import frozen_norm_hooks
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.dense import FwdHooks, HookedModel
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.text import evaluating
-from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence
+from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence, logit_difference_error
+
+AT_ONCE = 128
+"""Prompts per forward pass where a candidate is measured."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +46,78 @@ class Fit:
     model_loss: float
     """Mean task loss of the model, nats."""
 
+    ld_error: float
+    """Mean squared error of the logit difference, as a share of the model's own mean square."""
+
     def enough(self, config: PruneConfig) -> bool:
-        """Whether the circuit may stop growing."""
-        if config.objective == "task_loss":
-            return self.loss <= config.target_task_loss
-        return self.kl <= config.max_kl and abs(self.loss - self.model_loss) <= config.max_loss_gap
+        """Whether the circuit may stop growing, by the rule of `config`."""
+        agrees, fits = self.kl <= config.max_kl, abs(self.loss - self.model_loss) <= config.max_loss_gap
+        return {
+            "agreement": agrees and fits,
+            "kl": agrees,
+            "loss_gap": fits,
+            "task_loss": self.loss <= config.target_task_loss,
+            "logit_difference": self.ld_error <= config.max_ld_error and fits,
+        }[config.rule]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Prompts that run together, with all that does not change from candidate to candidate."""
+
+    batch: TaskBatch
+    reference: AnswerLogits
+    values: Values
+    norms: FwdHooks
 
 
 class Selection:
-    """Fixed pairs on which candidate circuits are measured while their size is chosen."""
+    """Fixed pairs on which candidate circuits are measured while their size is chosen.
 
-    def __init__(self, model: HookedModel, pairs: TaskBatch, baseline: NodeValues):
-        self.model, self.baseline = model, baseline.to(model.embed.W_E)
+    Args:
+        model: the model.
+        pairs: the pairs; both prompts of each are used.
+        baseline: what nodes outside a candidate hold, constants or values of prompts.
+        frozen_norms: whether norms divide by what they divide by in the model's own run.
+    """
+
+    def __init__(self, model: HookedModel, pairs: TaskBatch, baseline: Baseline, *, frozen_norms: bool = False):
+        self.model, self.frozen_norms = model, frozen_norms
+        self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         self.batch = both_sides(pairs).to(model.embed.W_E.device)
         with evaluating(model):
             self.reference = all_answer_logits(model, self.batch)
         self.model_loss = answer_loss(self.reference, self.batch).mean().item()
 
-    def logits(self, kept: Masks, batch: TaskBatch) -> AnswerLogits:
-        """Answer logits of the circuit that keeps `kept`."""
-        with evaluating(self.model), self.model.hooks(fwd_hooks=holding_hooks(kept, self.baseline)):
-            return all_answer_logits(self.model, batch)
+    @property
+    def ablation(self) -> str:
+        """How what is outside a candidate is ablated, in words."""
+        return f"full, {self.baseline.kind}" + ", norms frozen" * self.frozen_norms
+
+    def under(self, baseline: NodeValues) -> "Selection":
+        """The same prompts with nodes outside held at `baseline` and norms as they come: how a circuit runs."""
+        other = copy.copy(self)
+        other.baseline, other.frozen_norms = baseline.to(self.model.embed.W_E), False
+        return other
+
+    @torch.no_grad()
+    def logits(self, kept: Masks) -> AnswerLogits:
+        """Answer logits of the circuit that keeps `kept`, on every prompt."""
+        order = self.batch.lengths.argsort(stable=True).cpu()
+        parts = []
+        with evaluating(self.model):
+            for rows in order.split(AT_ONCE):
+                chunk = self._chunk(rows)
+                with self.model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(kept, chunk.values)]):
+                    parts.append(answer_logits(self.model, chunk.batch))
+        return torch.cat(parts)[order.argsort()]
+
+    def _chunk(self, rows: torch.Tensor) -> _Chunk:
+        batch, values = self.batch.rows(rows), self.baseline
+        if not isinstance(values, NodeValues):
+            values = at_answers(values.on(self.model, batch), batch)
+        norms = frozen_norm_hooks(self.model, batch) if self.frozen_norms else []
+        return _Chunk(batch, self.reference[rows], values, norms)
 
     @torch.no_grad()
     def knock_outs(self, kept: Masks, without: Mapping[int, Sequence[Masks]], every: int) -> Iterator[float]:
@@ -63,28 +128,34 @@ class Selection:
         """
         model, n_layers = self.model, self.model.cfg.n_layers
         rows = torch.arange(0, len(self.batch), every)
-        rows = rows[self.batch.lengths[rows].argsort(stable=True)]
-        chunks = [(self.batch.rows(part), self.reference[part]) for part in rows.split(64)]
+        rows = rows[self.batch.lengths[rows.to(self.batch.lengths.device)].cpu().argsort(stable=True)]
 
-        def kl(candidate: Masks, streams: list[Resid | None], layer: int) -> float:
-            with model.hooks(fwd_hooks=holding_hooks(candidate, self.baseline)):
-                logits = [answer_logits(model, b, s, layer) for (b, _), s in zip(chunks, streams, strict=True)]
-            parts = [kl_divergence(r, x, b) for (b, r), x in zip(chunks, logits, strict=True)]
-            return torch.cat(parts).mean().item()
+        def run(candidate: Masks, chunk: _Chunk, resid: Resid | None, layer: int) -> AnswerLogits:
+            with model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(candidate, chunk.values)]):
+                return answer_logits(model, chunk.batch, resid, layer)
+
+        def stream(chunk: _Chunk, layer: int) -> Resid | None:
+            with model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(kept, chunk.values)]):
+                return stream_at(model, chunk.batch, layer) if layer else None
+
+        def kl(candidate: Masks, streams: Sequence[Resid | None], layer: int) -> float:
+            runs = [(chunk, run(candidate, chunk, s, layer)) for chunk, s in zip(chunks, streams, strict=True)]
+            return torch.cat([kl_divergence(c.reference, logits, c.batch) for c, logits in runs]).mean().item()
 
         with evaluating(model):
+            chunks = [self._chunk(part) for part in rows.split(64)]
             whole = kl(kept, [None] * len(chunks), 0)
             for layer in range(n_layers + 1):
-                with model.hooks(fwd_hooks=holding_hooks(kept, self.baseline)):
-                    streams = [stream_at(model, b, layer) if layer else None for b, _ in chunks]
+                streams = [stream(chunk, layer) for chunk in chunks] if layer in without else []
                 for candidate in without.get(layer, ()):
                     yield kl(candidate, streams, layer) - whole
 
     def fit(self, kept: Masks) -> Fit:
-        """The three numbers that the stopping rules look at."""
-        logits = self.logits(kept, self.batch)
+        """What the stopping rules look at."""
+        logits = self.logits(kept)
         kl = kl_divergence(self.reference, logits, self.batch).mean().item()
-        return Fit(kl, answer_loss(logits, self.batch).mean().item(), self.model_loss)
+        ld_error = logit_difference_error(self.reference, logits, self.batch).item()
+        return Fit(kl, answer_loss(logits, self.batch).mean().item(), self.model_loss, ld_error)
 
 
 def split_pairs(task: Task, config: PruneConfig, generator: torch.Generator) -> tuple[TaskBatch, TaskBatch]:
@@ -107,7 +178,7 @@ def smallest_prefix(n: int, good: Callable[[int], bool], start: int) -> int:
         if size == n:
             raise CircuitError(
                 "no circuit meets the stopping rule, not even all nodes: with all of them the circuit is the model, so "
-                "max_kl or max_loss_gap (or the task-loss target) asks for more than the model itself does."
+                "its bound (max_kl, max_loss_gap or target_task_loss) asks for more than the model itself does."
             )
         bad, size = size, min(n, size + max(1, size // 20))
     while size - bad > 1:

@@ -65,6 +65,8 @@ RESULT_HOOK = "blocks.{layer}.attn.hook_result"
 PRE_HOOK = "blocks.{layer}.mlp.hook_pre"
 PRE_LINEAR_HOOK = "blocks.{layer}.mlp.hook_pre_linear"
 FINAL_SCALE_HOOK = "ln_final.hook_scale"
+SCALE_HOOKS = ("blocks.{layer}.ln1.hook_scale", "blocks.{layer}.ln2.hook_scale")
+"""What the norms before attention and before the MLP divide by."""
 
 
 class Node(NamedTuple):

@@ -163,6 +163,18 @@ def kl_divergence(reference_logits: LogitsAnywhere, logits: LogitsAnywhere, batc
     return (reference.exp() * (reference - log_softmax(at_answer(logits, batch), dim=-1))).sum(-1)
 
 
+def logit_difference_error(
+    reference_logits: LogitsAnywhere, logits: LogitsAnywhere, batch: TaskBatch
+) -> Float[Tensor, ""]:
+    """Mean squared error of the logit difference over the batch, as a share of the reference's own mean square.
+
+    0 is the reference itself, 1 what a logit difference of 0 on every prompt would have.
+    """
+    expected = logit_difference(reference_logits, batch)
+    error = logit_difference(logits, batch) - expected
+    return error.pow(2).mean() / expected.pow(2).mean().clamp_min(torch.finfo(expected.dtype).tiny)
+
+
 def kl_to(reference_logits: LogitsAnywhere) -> Metric:
     """The metric that measures how far logits are from `reference_logits` (of the same batch), by `kl_divergence`."""
 

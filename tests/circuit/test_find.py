@@ -80,6 +80,18 @@ def test_the_same_generator_finds_the_same_circuit_and_leaves_the_model_as_it_wa
     assert not any(point._forward_hooks for point in truth.model.hook_dict.values())
 
 
+def test_calibration_adds_losses_with_a_scale_and_changes_nothing_else(truth):
+    coarse = replace(QUICKER, max_kl=1.0, max_loss_gap=1.0)
+    plain, scaled = searched(truth, config=coarse), searched(truth, config=replace(coarse, calibrate=True))
+    assert plain.nodes.equals(scaled.nodes) and plain.scores.equals(scaled.scores[: len(plain.scores)])
+    added = scaled.scores[len(plain.scores) :].set_index("measure").value
+    without = plain.scores.set_index("measure").value
+    assert 0 <= added["KL(model || calibrated circuit)"] < without["KL(model || circuit)"] - 1e-3
+    assert added["scale of calibrated logits"] != pytest.approx(1, abs=1e-3)
+    exact = searched(truth, config=replace(QUICKER, calibrate=True)).scores.set_index("measure").value
+    assert exact["scale of calibrated logits"] == pytest.approx(1, abs=1e-4)
+
+
 def test_a_rule_that_asks_for_more_than_the_model_does_is_refused(truth):
     config = PruneConfig(n_train=20, n_selection=20, n_steps=5, objective="task_loss", target_task_loss=1e-9)
     with pytest.raises(CircuitError, match="no circuit meets the stopping rule, not even all nodes"):

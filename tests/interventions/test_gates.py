@@ -33,13 +33,14 @@ def test_a_gate_is_exactly_open_or_exactly_shut_with_the_gradient_of_a_sigmoid()
 
 def test_a_shared_gate_that_is_shut_holds_the_key_and_its_queries(bridge, pairs, generator):
     baseline = zero_values(bridge)
-    gates = NodeGates(hooked(bridge), [PruneConfig(n_steps=3, noise=0.0)], [generator])
+    gates = NodeGates(hooked(bridge), baseline, [PruneConfig(n_steps=3, noise=0.0)], [generator])
     with torch.no_grad():
         gates.groups(gates.taus[0])[Place(0, "q")][5] = -1
     seen = {}
     places = [Place(0, site) for site in "qk"]
     look = [(place.hook, lambda x, hook, place=place: seen.update({place.site: x.flatten(2)})) for place in places]
-    with torch.no_grad(), bridge.hooks(fwd_hooks=[*gates.hooks(gates.drawn(3, [0]), [8], baseline), *look]):
+    meeting = gates.meeting(pairs, [8])
+    with torch.no_grad(), meeting(gates.drawn(3, [0])), bridge.hooks(fwd_hooks=look):
         bridge(pairs.clean)
     held = {site: (x == 0).all(0).all(0).nonzero().flatten().tolist() for site, x in seen.items()}
     assert held == {"q": [9, 13], "k": [5]}
