@@ -51,6 +51,8 @@ from sparse_interp.interventions.patching import receivers_of as receivers_of
 from sparse_interp.interventions.prune_config import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
+from sparse_interp.circuit.describe import describe as describe
+from sparse_interp.circuit.readings import read_heads as read_heads
 from sparse_interp.circuit.calibration import calibrate as calibrate
 from sparse_interp.circuit.payload import read_means as read_means
 from sparse_interp.circuit.payload import read_payload as read_payload

@@ -29,7 +29,17 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import Tokens
-from sparse_interp.circuit.drives import ByGroup, SentenceTable, Text, TokenTable, WireTable, token_rows, wire_table
+from sparse_interp.circuit.drives import (
+    ByGroup,
+    SentenceTable,
+    Text,
+    TokenTable,
+    WireTable,
+    by_groups,
+    token_rows,
+    token_text,
+    wire_table,
+)
 from sparse_interp.circuit.drives import sentences as sentences_of
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
@@ -216,18 +226,6 @@ def in_order(circuit: Circuit) -> list[Node]:
     return [Node(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
 
 
-def token_text(model: HookedModel) -> Text:
-    """Token id -> text, as the model's tokenizer decodes it alone; `#id` without a tokenizer."""
-    known: dict[int, str] = {}
-
-    def text(token: int) -> str:
-        if token not in known:
-            known[token] = f"#{token}" if model.tokenizer is None else model.tokenizer.decode([token])
-        return known[token]
-
-    return text
-
-
 # -- where nodes are active -------------------------------------------------------------------------------------------
 
 
@@ -353,9 +351,7 @@ def _watched(
     lengths, n_real = real.sum(1), int(real.sum())
     strongest, row = _Strongest(len(nodes), n), 0
     total, nonzero, first, squares = (torch.zeros(len(nodes), dtype=torch.float64) for _ in range(4))
-    previous = torch.cat([tokens[:, :1], tokens[:, :-1]], 1)
-    groups = {"current": tokens, "previous": previous, "position": torch.arange(tokens.shape[1]).expand_as(tokens)}
-    by = {name: ByGroup(codes, len(nodes)) for name, codes in groups.items()}
+    by = by_groups(tokens, len(nodes))
     with _watching_ends(model) as ends:
         for values in activations(model, nodes, tokens, attention_mask, progress=progress):
             rows = slice(row, row + len(values))

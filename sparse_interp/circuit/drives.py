@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparse_interp.axes import Tokens
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.pictures import shown
+from sparse_interp.model.dense import HookedModel
 from sparse_interp.model.sites import Node
 from sparse_interp.results import Table
 
@@ -85,6 +87,18 @@ class SentenceTable(Table):
 
 def _largest(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows.sort_values(column, key=lambda values: -values.abs(), kind="stable")
+
+
+def token_text(model: HookedModel) -> Text:
+    """Token id -> text, as the model's tokenizer decodes it alone; `#id` without a tokenizer."""
+    known: dict[int, str] = {}
+
+    def text(token: int) -> str:
+        if token not in known:
+            known[token] = f"#{token}" if model.tokenizer is None else model.tokenizer.decode([token])
+        return known[token]
+
+    return text
 
 
 # -- wires ------------------------------------------------------------------------------------------------------------
@@ -168,6 +182,49 @@ def _noise(squares: Tensor) -> Tensor:
     return 1e-10 * squares
 
 
+def by_groups(tokens: Tokens, n_nodes: int) -> dict[str, ByGroup]:
+    """Empty sums for what a node may follow: the token at hand, the token before it, the position."""
+    previous = torch.cat([tokens[:, :1], tokens[:, :-1]], 1)
+    position = torch.arange(tokens.shape[1]).expand_as(tokens)
+    groups = {"current": tokens, "previous": previous, "position": position}
+    return {name: ByGroup(codes, n_nodes) for name, codes in groups.items()}
+
+
+def followed(values: Float[Tensor, "rows pos 1"], tokens: Tokens, real: Bool[Tensor, "rows pos"], text: Text) -> str:
+    """What one channel follows, in words: `at ' (+1), " (-1)`, `after blue (+3)`, `told by position`, or `mixed`."""
+    later = real & (torch.arange(real.shape[1]) > 0)
+    groups = by_groups(tokens, 1)
+    for group in groups.values():
+        group.add(values, later, 0)
+    told = {by: float(group.explained) for by, group in groups.items()}
+    if all(math.isnan(share) for share in told.values()):
+        return f"always {float(values[later].double().mean()):.3g}"
+    by = telling(told)
+    if by == "position":
+        return "told by position"
+    if by is None:
+        return "told by neither token nor position"
+    rows = token_rows(by, groups[by], [Node(0, "k", 0)], text, N_SAID + 1)
+    centre = float(values[later].double().mean())
+    named = listed([(token, mean) for _, _, _, token, _, mean, _ in rows], centre)
+    return f"{AT[by]} {named}; {centre:+.2g} on average" if named else f"told by the token {BY[by]}"
+
+
+def telling(told: dict[str, float]) -> str | None:
+    """The name of the largest share, if it is worth saying."""
+    known = {name: share for name, share in told.items() if share >= TELLING}
+    return max(known, key=known.__getitem__) if known else None
+
+
+AT, BY = {"current": "at", "previous": "after"}, {"current": "it stands at", "previous": "before"}
+
+
+def listed(means: Sequence[tuple[str, float]], centre: float) -> str:
+    """Tokens with what a node is there, as `' (+1), " (-1)`; those are left out where it is close to its `centre`."""
+    farthest = max((abs(mean - centre) for _, mean in means), default=0.0)
+    return ", ".join(f"{shown(token)} ({mean:+.2g})" for token, mean in means if abs(mean - centre) >= farthest / 4)
+
+
 def token_rows(by: str, groups: ByGroup, nodes: Sequence[Node], text: Text, n: int) -> list[tuple]:
     """The `n` tokens of each node that tell most of it, as rows of a `TokenTable`."""
     means, shares = groups.shares()
@@ -222,17 +279,16 @@ def _follows(row: dict[str, Any], tokens: TokenTable) -> str:
     told = {by: row[f"explained_by_{by}"] for by in ("current", "previous", "position")}
     if not row["spread"] or all(math.isnan(share) for share in told.values()):
         return f"is {row['mean']:.2g} everywhere"
-    by = max(told, key=lambda name: -1.0 if math.isnan(told[name]) else told[name])
-    if not told[by] >= TELLING:
+    by = telling(told)
+    if by is None:
         shares = ", ".join(f"{share:.0%}" for share in told.values())
         return f"follows neither token nor position (this, the one before, position: {shares} of its variance)"
     if by == "position":
         return f"follows the position ({told[by]:.0%} of its variance)"
-    where = {"current": "at", "previous": "after"}[by]
-    named = [f"{shown(t.token)} ({t.mean:+.2g})" for t in tokens.of(row["node"], by).head(N_SAID + 1).itertuples()]
-    listed = f": {where} " + ", ".join(named) if named else ""
-    which = "it stands at" if by == "current" else "before"
-    return f"follows the token {which} ({told[by]:.0%} of its variance){listed}, {row['mean']:+.2g} on average"
+    best = [(row.token, row.mean) for row in tokens.of(row["node"], by).head(N_SAID + 1).itertuples()]
+    named = listed(best, row["mean"])
+    said = f": {AT[by]} {named}" if named else ""
+    return f"follows the token {BY[by]} ({told[by]:.0%} of its variance){said}; {row['mean']:+.2g} on average"
 
 
 def _driven(wires: pd.DataFrame, d_head: int) -> str:
