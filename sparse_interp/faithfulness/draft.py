@@ -6,12 +6,13 @@ the bias.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_interp.faithfulness.answer_key import Edge, GroundTruth
+from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import FINAL_READ, SITES, WIRES, Node, V
 from sparse_interp.model.transformer import HookedSparseTransformer
@@ -24,16 +25,18 @@ BOS = "<|endoftext|>"
 class Draft:
     """A model of zeros, to be written weight by weight; what is written as key makes the answer key."""
 
-    def __init__(self, task: Task, stream: Sequence[str], positions: Sequence[str] = (), **shape: object):
-        self.task, self.channels = task, [*stream, *positions]
+    def __init__(self, task: Task, stream: Sequence[str], concatenated: Sequence[str] = (), **shape: object):
+        self.task, self.channels = task, [*stream, *concatenated]
         vocab: dict[str, int] = task.tokenizer.get_vocab()  # in no particular order
         self.ids = dict(sorted(vocab.items(), key=lambda item: item[1]))
         sizes = {"d_model": len(stream), "d_vocab": len(self.ids), "seed": 0, "n_ctx": 32, "bigram": False}
-        kind = {"positions": "concat", "d_pos_emb": len(positions)} if positions else {"positions": "none"}
+        kind = {"positions": "concat", "d_pos_emb": len(concatenated)} if concatenated else {"positions": "none"}
         cfg = ModelConfig.from_dict({**sizes, **kind, **shape})
         self.model = HookedSparseTransformer(cfg, task.tokenizer).eval()
         self.nodes: set[Node] = set()
         self.edges: set[Edge] = set()
+        self.choices: tuple[Key, ...] = ()
+        self.made_good: frozenset[Node] = frozenset()
         for name, p in self.model.named_parameters():
             if not name.endswith(".w"):  # the gain of a norm stays 1
                 p.data.zero_()
@@ -46,9 +49,28 @@ class Draft:
 
     def key(self, diagram: str) -> None:
         """Write weights whose two ends belong to the key."""
-        for source, target in self.wires(diagram):
-            self.nodes |= {source, target}
-            self.edges.add((source, target))
+        part = self.part(diagram)
+        self.nodes |= part.nodes
+        self.edges |= part.edges
+
+    def key_nodes(self, layer: int, *texts: str) -> None:
+        """Nodes of the key at which no weight of it ends, such as what a constant value of varying attention writes."""
+        self.nodes |= {self.node(layer, text) for text in texts}
+
+    def part(self, diagram: str) -> Key:
+        """Write weights that belong to one of several keys, with their ends."""
+        edges = frozenset(self.wires(diagram))
+        return Key(frozenset(node for edge in edges for node in edge), edges)
+
+    def either(self, *parts: Key) -> None:
+        """Every part makes a key with what belongs to all keys; the model alone does without any one of them."""
+        self.choices = parts
+        every = frozenset.intersection(*(part.nodes for part in parts))
+        self.made_good = frozenset.union(*(part.nodes for part in parts)) - every
+
+    def repaired(self) -> None:
+        """What was written as key so far is made good for by something else, which is no part of it."""
+        self.made_good = frozenset(self.nodes)
 
     def wires(self, diagram: str) -> list[Edge]:
         """Write the weights of a diagram, a line each; returns their ends, biases apart."""
@@ -84,6 +106,24 @@ class Draft:
         bias = self.model.layers[target.layer].get_parameter(wire.weight_name.replace("W_", "b_")).data
         bias.view(-1)[target.channel] = value
 
+    def sinks(self, layer: int, *logits: float | int) -> None:
+        """The sink of every head of a layer."""
+        sink = self.model.layers[layer].attn.sink
+        assert sink is not None
+        sink.data[:] = sink.new_tensor(logits)
+
+    def level_norms(self, channel: str, height: float) -> None:
+        """A constant that towers over the rest of the stream, so that every norm divides by all but the same."""
+        for token in self.ids:
+            self.embed(token, **{channel: height})
+        for block in self.model.layers:
+            for norm in (block.ln1, block.ln2):
+                norm.w.data.fill_(height / math.sqrt(self.model.cfg.d_model))
+            if self.model.cfg.d_pos_emb is not None:  # positions have a norm of their own, and a mean square of 1 / d
+                for norm in (block.ln1_pos, block.ln2_pos):
+                    norm.w.data.fill_(1 / math.sqrt(self.model.cfg.d_pos_emb))
+        self.model.ln_final.w.data.fill_(height / math.sqrt(self.model.cfg.d_model))
+
     def embed(self, token: str, **channels: float | int) -> None:
         """What a token puts into the stream."""
         for channel, value in channels.items():
@@ -106,16 +146,30 @@ class Draft:
         for token, value in others.items():
             self.model.unembed.b_U.data[self.ids[token]] = value
 
-    def words(self) -> list[str]:
-        """The fillers of all splits, each a token."""
+    def embed_words(self, *channels: str) -> None:
+        """Two features of the fillers, which tell them apart and which no answer depends on."""
         source = self.task.source
         assert isinstance(source, TemplateFile)
-        return sorted({w for kinds in source.fillers.values() for filled in kinds.values() for w in filled})
+        words = {w for kinds in source.fillers.values() for filled in kinds.values() for w in filled}
+        for i, word in enumerate(sorted(words)):
+            for channel, value in zip(channels, (math.cos(2.4 * i), math.sin(2.4 * i)), strict=True):
+                self.embed(word, **{channel: value})
 
     def finished(self, why: str) -> GroundTruth:
-        """The model with its answer key."""
-        nodes, edges = frozenset(self.nodes), frozenset(self.edges)
-        return GroundTruth(self.task.name, self.model, self.task, nodes, edges, why, tuple(self.channels))
+        """The model with its answer key, or keys."""
+        common = Key(frozenset(self.nodes), frozenset(self.edges))
+        keys = [Key(common.nodes | part.nodes, common.edges | part.edges) for part in self.choices] or [common]
+        return GroundTruth(
+            name=self.task.name,
+            model=self.model,
+            task=self.task,
+            nodes=keys[0].nodes,
+            edges=keys[0].edges,
+            why=why,
+            channels=tuple(self.channels),
+            alternatives=tuple(keys[1:]),
+            repaired=self.made_good,
+        )
 
 
 WORDS = {
@@ -132,6 +186,7 @@ def word_task(
     longer: Sequence[tuple[str, str]],
     sides: tuple[Mapping[str, str], Mapping[str, str]],
     marks: Mapping[str, Sequence[str]],
+    max_changed: int = 1,
 ) -> Task:
     """A task over words of one token each: `forms` of (prompt, answer) for train and test, `longer` for shifted."""
     templates = [Template(text, (f" {answer}",), "", ("train", "test")) for text, answer in forms]
@@ -142,7 +197,7 @@ def word_task(
         sides=sides,
         fillers={split: {"word": words} for split, words in WORDS.items()},
         marks=marks,
-        max_changed=1,
+        max_changed=max_changed,
         sha256=hashlib.sha256(repr((templates, sides, WORDS, marks)).encode()).hexdigest(),
     )
     source.check(name)

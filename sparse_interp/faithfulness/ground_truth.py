@@ -1,30 +1,36 @@
 """Models with known circuits, by name, and what is measured of a key and against it.
 
-    key  =  the nodes that vary over the task's prompts and that the answer depends on
-    every node outside the key held at its mean, all together   ->  the model's own distribution at the answer
-    any one node of the key held at its mean                    ->  another distribution
+    key  =  nodes that vary over the task's prompts, and weights between them
+    all other nodes held at their means, all other weights between nodes of the key cut   ->  the model's distribution
+    any one node or weight of the key held or cut besides                                 ->  another distribution
 
-A key is a claim that needs no trust: `effects` measures both sentences by holding nodes at their means one by one and
-all together, and the tests do so for every model here.
+A key is a claim that needs no trust: `key_effects` measures both sentences, and the tests do so for every model here.
+Held alone, a node of the key changes the answer too, unless something outside makes good for it; such nodes are named
+(`repaired`), and where a model has two ways to its answer both are keys (`alternatives`).
 
 Compiled models with known algorithms: Lindner et al. 2023 (arXiv:2301.05062); ours are smaller and keep distractors,
 after Gao et al. 2025 (arXiv:2511.13653), whose quote circuit `quote` follows.
 """
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import TaskError
-from sparse_interp.faithfulness.answer_key import GroundTruth
-from sparse_interp.faithfulness.hand_built import attention_copy, induction, mlp_gate, quote
-from sparse_interp.interventions.ablation import ablate, evaluating, mean_activations
+from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
+from sparse_interp.faithfulness.hand_built import attention_copy, bracket_depth, induction, mlp_gate, quote, two_hop
+from sparse_interp.faithfulness.hand_built_traps import backup, distractor, two_copies
+from sparse_interp.interventions.ablation import FwdHooks, evaluating
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.config import AnyShape
-from sparse_interp.model.sites import Node, NodeValues, places, width
+from sparse_interp.model.edges import EdgeGate, Matrix
+from sparse_interp.model.sites import WIRES, Node, NodeValues, Place, flat, masks, places, width
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
@@ -33,7 +39,8 @@ from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
 def ground_truths() -> dict[str, Callable[[], GroundTruth]]:
     """The hand-built models: name -> a function that builds it anew."""
-    return {build.__name__: build for build in (quote, mlp_gate, attention_copy, induction)}
+    plain = (quote, mlp_gate, attention_copy, induction, bracket_depth, two_hop)
+    return {build.__name__: build for build in (*plain, distractor, backup, two_copies)}
 
 
 def ground_truth(name: str) -> GroundTruth:
@@ -70,7 +77,7 @@ class Recovery(NamedTuple):
 
 
 def recovery(found: Collection[Hashable], key: Collection[Hashable]) -> Recovery:
-    """Compare nodes with `GroundTruth.nodes`, or edges with `GroundTruth.edges`; of two empty sets all is 1."""
+    """Compare nodes or edges with those of a key; of two empty sets all is 1."""
     found, key = set(found), set(key)
     hits = len(found & key)
     precision = hits / len(found) if found else float(not key)
@@ -79,25 +86,98 @@ def recovery(found: Collection[Hashable], key: Collection[Hashable]) -> Recovery
     return Recovery(precision, recall, f1, found == key)
 
 
-class Effects(NamedTuple):
-    """KL(model || model with nodes held at their means) at the answer position, mean over prompts, nats."""
-
-    alone: dict[Node, float]
-    """Each node of the model held on its own."""
-
-    outside: float
-    """Every node outside the key held at once, and the key free."""
+def nearest_key(truth: GroundTruth, found: Collection[Node]) -> Key:
+    """Of the keys that a model has, the one that has most in common with the nodes `found`."""
+    return max(truth.keys, key=lambda key: recovery(found, key.nodes).f1)
 
 
-def effects(truth: GroundTruth, batch: TaskBatch, means: NodeValues) -> Effects:
+class KeyEffects(NamedTuple):
+    """KL(model || circuit of a key) at the answer position, mean over prompts, nats."""
+
+    whole: float
+    """The key as it is: every node outside it is held, and every weight between its nodes that is not in it is cut."""
+
+    without: dict[Node | Edge, float]
+    """The key less one node, or less one edge."""
+
+
+def key_effects(truth: GroundTruth, key: Key, batch: TaskBatch, means: NodeValues) -> KeyEffects:
     """Measure what a key claims, on the prompts `batch`, by holding nodes at `means`: no gradients, no search."""
-    reference = logits_of(truth.model, batch)
+    outside, idle = set(nodes_outside(truth, key)), edges_among(truth.model, key.nodes) - key.edges
+    held, reference = [outside, *(outside | {node} for node in key.nodes)], logits_of(truth.model, batch)
+    with cut(truth.model, idle, means):
+        whole, *others = _divergences(reference, truth.model, held, batch, means)
+    without: dict[Node | Edge, float] = dict(zip(key.nodes, others, strict=True))
+    for edge in key.edges:
+        with cut(truth.model, {*idle, edge}, means):
+            (without[edge],) = _divergences(reference, truth.model, [outside], batch, means)
+    return KeyEffects(whole, without)
 
-    def kl(nodes: Collection[Node]) -> float:
-        with ablate(truth.model, nodes, means):
-            return kl_divergence(reference, logits_of(truth.model, batch), batch).mean().item()
 
-    return Effects({node: kl([node]) for node in all_nodes(truth.model.cfg)}, kl(outside(truth)))
+def effects_alone(truth: GroundTruth, batch: TaskBatch, means: NodeValues) -> dict[Node, float]:
+    """KL(model || model with one node held at its mean) at the answer position for every node, mean over prompts."""
+    nodes, reference = all_nodes(truth.model.cfg), logits_of(truth.model, batch)
+    found = _divergences(reference, truth.model, [{node} for node in nodes], batch, means)
+    return dict(zip(nodes, found, strict=True))
+
+
+@torch.no_grad()
+def _divergences(
+    reference: Float[Tensor, "batch pos d_vocab"],
+    model: HookedSparseTransformer,
+    held: Sequence[Collection[Node]],
+    batch: TaskBatch,
+    means: NodeValues,
+) -> list[float]:
+    """KL(reference || model with each of `held` at its means), mean over prompts; many sets share one run."""
+    found: list[float] = []
+    for some in (held[start : start + 64] for start in range(0, len(held), 64)):
+        in_set = [masks(nodes, model.cfg) for nodes in some]
+        hooks: FwdHooks = [
+            (place.hook, _held_in_rows(torch.stack([m[place] for m in in_set]), len(batch), means[place]))
+            for place in places(model.cfg)
+            if any(bool(m[place].any()) for m in in_set)
+        ]
+        rows = torch.arange(len(batch)).repeat(len(some))
+        with model.hooks(fwd_hooks=hooks):
+            logits = logits_of(model, batch.rows(rows))
+        kl = kl_divergence(reference[rows], logits, batch.rows(rows))
+        found += kl.view(len(some), -1).mean(1).tolist()
+    return found
+
+
+def _held_in_rows(held: Bool[Tensor, "sets width"], n_prompts: int, means: Float[Tensor, " width"]) -> Callable:
+    rows = held.repeat_interleave(n_prompts, 0)[:, None]
+
+    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
+        return torch.where(rows, means, flat(activation)).view_as(activation)
+
+    return hook
+
+
+@contextmanager
+def cut(model: HookedSparseTransformer, edges: Iterable[Edge], means: NodeValues) -> Iterator[None]:
+    """Inside the block each of `edges` carries the mean of its source."""
+    gates: dict[Matrix, EdgeGate] = {}
+    for source, target in edges:
+        wire = next(wire for wire in WIRES if (wire.source.name, wire.target.name) == (source.site, target.site))
+        matrix = Matrix(source.layer, wire.weight_name)
+        if matrix not in gates:
+            share = torch.ones_like(wire.weight(model.layers[source.layer]))
+            gates[matrix] = EdgeGate(share, means[Place(source.layer, source.site)])
+        gates[matrix].share[source.channel, target.channel] = 0
+    with model.gated_edges(gates):
+        yield
+
+
+def edges_among(model: HookedSparseTransformer, nodes: Collection[Node]) -> frozenset[Edge]:
+    """Every non-zero within-block weight between two of `nodes`."""
+    found = set()
+    for layer, block in enumerate(model.layers):
+        for wire in WIRES:
+            for source, target in wire.weight(block).nonzero().tolist():
+                found.add((Node(layer, wire.source.name, source), Node(layer, wire.target.name, target)))
+    return frozenset(edge for edge in found if set(edge) <= set(nodes))
 
 
 def spread(truth: GroundTruth, n: int = 128, *, generator: torch.Generator) -> NodeValues:
@@ -118,9 +198,9 @@ def all_nodes(cfg: AnyShape) -> list[Node]:
     return [Node(place.layer, place.site, c) for place in places(cfg) for c in range(width(cfg, place.site))]
 
 
-def outside(truth: GroundTruth) -> list[Node]:
-    """Every node that is not in the key."""
-    return [node for node in all_nodes(truth.model.cfg) if node not in truth.nodes]
+def nodes_outside(truth: GroundTruth, key: Key) -> list[Node]:
+    """Every node of the model that is not in `key`."""
+    return [node for node in all_nodes(truth.model.cfg) if node not in key.nodes]
 
 
 @torch.no_grad()

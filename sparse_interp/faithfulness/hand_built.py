@@ -5,8 +5,6 @@ raises all logits alike, which no softmax can see), dead neurons that point at t
 answer passes through, which no mean ablation can notice and which are in no key.
 """
 
-import math
-
 import torch
 
 from sparse_interp.faithfulness.answer_key import GroundTruth
@@ -34,8 +32,7 @@ def quote() -> GroundTruth:
     draft.embed('"', double=1)
     for token, value in {"(": 1.0, "[": -1.0, "=": 0.5}.items():
         draft.embed(token, bracket=value)
-    for i, word in enumerate(draft.words()):
-        draft.embed(word, word_a=math.cos(2.4 * i), word_b=math.sin(2.4 * i))
+    draft.embed_words("word_a", "word_b")
     draft.key(
         """
         0  mlp_read.single    -> neuron.0             1
@@ -208,16 +205,12 @@ def attention_copy() -> GroundTruth:
     stream = "anchor is_name bit_a bit_b copy_a copy_b is_place place_a here_a word_a word_b every mood idle spare"
     shape = {"n_layers": 1, "n_heads": 2, "d_head": 2, "d_mlp": 8, "act_fn": "relu"}
     draft = Draft(task, stream.split(), **shape, norm="rms", attention_dir="bidirectional", sink=False)
-    for token in draft.ids:  # one channel towers over the rest, so that the norm is all but a constant
-        draft.embed(token, anchor=ANCHOR)
-    for norm in (draft.model.layers[0].ln1, draft.model.layers[0].ln2, draft.model.ln_final):
-        norm.w.data.fill_(ANCHOR / math.sqrt(draft.model.cfg.d_model))
+    draft.level_norms("anchor", ANCHOR)
     for i, name in enumerate(names):
         draft.embed(name, is_name=1, bit_a=bit(i, 0), bit_b=bit(i, 1))
     for i, town in enumerate(towns):
         draft.embed(town, is_place=1, place_a=bit(i, 0))
-    for i, word in enumerate(draft.words()):
-        draft.embed(word, word_a=math.cos(2.4 * i), word_b=math.sin(2.4 * i))
+    draft.embed_words("word_a", "word_b")
     draft.key(
         """
         0  attn_read.is_name -> k.0                6
@@ -238,7 +231,7 @@ def attention_copy() -> GroundTruth:
 
 
 ANCHOR = 256.0
-"""The constant channel of `attention_copy`: what the others add to the norm is below one part in a thousand."""
+"""The constant channel of models with norms: what the others add to the norm is below one part in a thousand."""
 
 ATTENTION_COPY_BESIDE = """
     0  1                  -> q.0                 2
@@ -286,15 +279,14 @@ def induction() -> GroundTruth:
     task = word_task("induction", forms, longer, sides, {"key": keys, "val": values})
     stream = "key_a key_b val_a val_b prev_a prev_b copy_a copy_b word_a word_b topic every echo hum idle spare"
     shape = {"n_layers": 2, "n_heads": 2, "d_head": 2, "d_mlp": 8, "act_fn": "relu", "norm": "none"}
-    draft = Draft(task, stream.split(), positions=("pos", "pos_squared"), **shape)
+    draft = Draft(task, stream.split(), concatenated=("pos", "pos_squared"), **shape)
     steps = torch.arange(draft.model.cfg.n_ctx)
     assert draft.model.pos_embed is not None
     draft.model.pos_embed.W_pos.data[:] = torch.stack([steps / 8, steps**2 / 64], 1)
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         draft.embed(key, key_a=bit(i, 0), key_b=bit(i, 1))
         draft.embed(value, val_a=bit(i, 0), val_b=bit(i, 1))
-    for i, word in enumerate(draft.words()):
-        draft.embed(word, word_a=math.cos(2.4 * i), word_b=math.sin(2.4 * i))
+    draft.embed_words("word_a", "word_b")
     draft.key(INDUCTION)
     for channel, place in (("copy_a", 0), ("copy_b", 1)):
         draft.unembed(channel, {value: 4 * bit(i, place) for i, value in enumerate(values)}, key=True)
@@ -361,3 +353,185 @@ INDUCTION_BESIDE = """
 """
 """What else goes on in `induction`: heads and neurons that carry words, values, positions and a bit of the answer to
 channels that no probability depends on, and two dead neurons that point at the key."""
+
+
+def bracket_depth() -> GroundTruth:
+    """Two layers: a list inside a list is closed twice, told by the average of brackets and the threshold of a sink."""
+    forms = [
+        ("$word = [ $word1 $b $word2 $word3 , $word4", "$end"),
+        ("$word [ ] [ ] [ $word1 $b $word2 $word3", "$end"),
+        ("$word ( [ $b $word1 ] [ $word2 , $word3", "$end"),
+    ]
+    longer = [
+        ("$word $word1 = [ $word2 , $word3 $b $word4 , $word5 , $word6", "$end"),
+        ("$word = [ $word1 ] $word2 [ $word3 $b $word4 , $word5 $word6", "$end"),
+    ]
+    task = word_task("bracket_depth", forms, longer, ({"b": "[", "end": "]]"}, {"b": ";", "end": "]"}), {})
+    stream = "open close depth nested word_a word_b comma last topic echo every mood hum idle"
+    draft = Draft(task, stream.split(), n_layers=2, n_heads=2, d_head=2, d_mlp=8, norm="none", act_fn="relu")
+    draft.embed("[", open=1)
+    draft.embed("]", close=1)
+    for token, value in {",": 1.0, ";": -1.0, "=": 0.5, "(": -0.5}.items():
+        draft.embed(token, comma=value)
+    draft.embed_words("word_a", "word_b")
+    draft.key(
+        """
+        0  attn_read.open   -> v.0               1
+        0  attn_read.close  -> v.0              -1
+        0  v.0              -> attn_write.depth  2
+        1  attn_read.depth  -> q.0               56.5
+        """
+    )
+    draft.key_nodes(1, "attn_write.nested")
+    draft.unembed("nested", {"]]": 8, "]": -8}, key=True)
+    draft.wires("1 1 -> q.0 -12.4 \n 1 1 -> k.0 4 \n 1 1 -> v.0 1 \n 1 v.0 -> attn_write.nested 1")
+    draft.sinks(1, 2.5, 0)
+    draft.wires(BRACKET_DEPTH_BESIDE)
+    draft.raise_all_alike("every", 1)
+    draft.expect(-3, **{"]": 4, "]]": -4})
+    return draft.finished(
+        "A head of layer 0 attends to all tokens alike and so averages +1 for `[` and -1 for `]` over the prompt. That "
+        "average is the query of a head of layer 1 whose keys and values are constants: above the threshold, which "
+        "the sink sets, the head writes 1, below it nothing. An average falls with the length of a prompt, so prompts "
+        "of more than 17 tokens are closed once too rarely."
+    )
+
+
+BRACKET_DEPTH_BESIDE = """
+    0  1                  -> q.2                 2
+    0  1                  -> q.3                 1
+    0  attn_read.open     -> k.2                 4
+    0  attn_read.close    -> k.2                 4
+    0  attn_read.word_a   -> k.3                 2
+    0  attn_read.open     -> v.2                 1
+    0  attn_read.close    -> v.2                -1
+    0  attn_read.word_b   -> v.3                 1
+    0  v.2                -> attn_write.last     1
+    0  v.3                -> attn_write.topic    1
+    0  mlp_read.depth     -> neuron.0            3
+    0  mlp_read.word_a    -> neuron.1            1
+    0  mlp_read.last      -> neuron.2            2
+    0  1                  -> neuron.3           -9
+    0  mlp_read.open      -> neuron.3            1
+    0  1                  -> neuron.4            1
+    0  mlp_read.comma     -> neuron.5            1
+    0  neuron.0           -> mlp_write.every     1
+    0  neuron.1           -> mlp_write.echo      1
+    0  neuron.2           -> mlp_write.every     1
+    0  neuron.3           -> mlp_write.depth     4
+    0  neuron.4           -> mlp_write.hum       1
+    0  neuron.5           -> mlp_write.mood      1
+    1  attn_read.echo     -> q.2                 2
+    1  attn_read.topic    -> k.2                 2
+    1  attn_read.last     -> v.2                 1
+    1  attn_read.open     -> v.3                 1
+    1  v.2                -> attn_write.every    1
+    1  v.3                -> attn_write.mood     1
+    1  mlp_read.nested    -> neuron.0            1
+    1  mlp_read.depth     -> neuron.1            5
+    1  1                  -> neuron.2           -9
+    1  mlp_read.depth     -> neuron.2            5
+    1  neuron.0           -> mlp_write.every     2
+    1  neuron.1           -> mlp_write.mood      1
+    1  neuron.2           -> mlp_write.nested    5
+"""
+"""What else goes on in `bracket_depth`: a head that fetches the last bracket (right more often than not), neurons that
+follow depth and answer into channels that no probability depends on, and two dead neurons that point at the key."""
+
+
+def two_hop() -> GroundTruth:
+    """Two layers, RMSNorm: the type of a variable is found through its name, where that was bound."""
+    forms = [
+        ("$name = set $word $name1 = str $word1 $word2 $ask", "$says"),
+        ("$word $name1 = str $word1 $word2 $name = set $ask", "$says"),
+        ("$name1 = str $name = set $word $word1 $word2 $ask", "$says"),
+        ("$word $name = set $word1 $name1 = str $word2 $ask", "$says"),
+    ]
+    longer = [
+        ("$word $name = set $word1 $word2 $word3 $name1 = str $word4 $word5 $ask", "$says"),
+        ("$word $word1 $name1 = str $word2 $word3 $name = set $word4 $word5 $word6 $ask", "$says"),
+    ]
+    names = ["left", "right", "upper", "lower"]
+    sides = ({"ask": "$name", "says": "add"}, {"ask": "$name1", "says": "join"})
+    task = word_task("two_hop", forms, longer, sides, {"name": names})
+    stream = "anchor is_name name_a name_b is_kind type of_a of_b found word_a word_b recent topic echo every idle"
+    shape = {"n_layers": 2, "n_heads": 2, "d_head": 4, "d_mlp": 8, "act_fn": "relu", "norm": "rms"}
+    draft = Draft(task, stream.split(), concatenated=("late", "early"), **shape)
+    draft.level_norms("anchor", ANCHOR)
+    angles = 0.04 * torch.arange(draft.model.cfg.n_ctx)
+    assert draft.model.pos_embed is not None
+    draft.model.pos_embed.W_pos.data[:] = torch.stack([angles.sin(), angles.cos()], 1)
+    for i, name in enumerate(names):
+        draft.embed(name, is_name=1, name_a=bit(i, 0), name_b=bit(i, 1))
+    draft.embed("set", is_kind=1, type=1)
+    draft.embed("str", is_kind=1, type=-1)
+    draft.embed_words("word_a", "word_b")
+    draft.key(TWO_HOP)
+    draft.unembed("found", {"add": 5, "join": -5}, key=True)
+    draft.wires("0 1 -> q.0 2 \n 1 1 -> q.2 6")
+    draft.sinks(1, 33, 0)
+    draft.wires(TWO_HOP_BESIDE)
+    draft.raise_all_alike("every", 1)
+    draft.expect(-3, add=0, join=0)
+    return draft.finished(
+        "A head of layer 0 attends to the latest name (a name outweighs every distance) and notes two bits of it, so "
+        "that a type knows whose it is. A head of layer 1 compares the name at hand with the notes of all types; only "
+        "a type with both bits right overcomes the sink, and is read into `found`."
+    )
+
+
+TWO_HOP = """
+    0  attn_read.is_name -> k.0               70
+    0  attn_read.late    -> k.0               80
+    0  attn_read.name_a  -> v.0               1
+    0  attn_read.name_b  -> v.1               1
+    0  v.0               -> attn_write.of_a   1
+    0  v.1               -> attn_write.of_b   1
+    1  attn_read.name_a  -> q.0               6
+    1  attn_read.name_b  -> q.1               6
+    1  attn_read.of_a    -> k.0               3.4
+    1  attn_read.of_b    -> k.1               3.4
+    1  attn_read.is_kind -> k.2               6
+    1  attn_read.type    -> v.0               1
+    1  v.0               -> attn_write.found  1
+"""
+"""Scores of layer 1: 18 for a type, 10.2 for each bit that agrees (-10.2 if not); the sink stands at 33. Positions are
+angles, `late` their sine, since a norm of their own would level anything else."""
+
+TWO_HOP_BESIDE = """
+    0  1                  -> q.4                 2
+    0  attn_read.word_a   -> k.4                 3
+    0  attn_read.word_b   -> v.4                 1
+    0  attn_read.type     -> v.5                 2
+    0  v.4                -> attn_write.topic    1
+    0  v.5                -> attn_write.echo     1
+    0  mlp_read.type      -> neuron.0            1
+    0  mlp_read.of_a      -> neuron.1            1
+    0  mlp_read.word_a    -> neuron.2            1
+    0  1                  -> neuron.3           -9
+    0  mlp_read.name_a    -> neuron.3            2
+    0  mlp_read.late      -> neuron.4            1
+    0  neuron.0           -> mlp_write.every     1
+    0  neuron.1           -> mlp_write.every    -1
+    0  neuron.2           -> mlp_write.echo      1
+    0  neuron.3           -> mlp_write.of_a      4
+    0  neuron.4           -> mlp_write.topic     1
+    1  1                  -> q.4                 3
+    1  attn_read.is_kind  -> k.4                 6
+    1  attn_read.late     -> k.4                 20
+    1  attn_read.topic    -> q.5                 1
+    1  attn_read.echo     -> k.5                 1
+    1  attn_read.type     -> v.4                 2
+    1  attn_read.echo     -> v.5                 1
+    1  v.4                -> attn_write.recent   1
+    1  v.5                -> attn_write.topic    1
+    1  mlp_read.recent    -> neuron.0            1
+    1  mlp_read.found     -> neuron.1            1
+    1  1                  -> neuron.2           -9
+    1  mlp_read.recent    -> neuron.2            2
+    1  neuron.0           -> mlp_write.every     1
+    1  neuron.1           -> mlp_write.every     2
+    1  neuron.2           -> mlp_write.found     4
+"""
+"""What else goes on in `two_hop`: a head that fetches the latest type, whoever's it is, one that averages all types,
+neurons that follow notes, types and answer into channels that no probability depends on, two dead ones."""
