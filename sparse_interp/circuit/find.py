@@ -9,6 +9,7 @@ is constant on the prompts (the q of a shared pair, say) changes nothing when it
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -24,10 +25,13 @@ from sparse_interp.interventions.pruning import GateSearch, learn_gates
 from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix, split_pairs
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeValues, key_of, masks, queries_of
+from sparse_interp.model.sites import Node, NodeAt, NodeValues, key_of, masks, masks_at, queries_of
 from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task, answer_loss, kl_divergence
 from sparse_interp.tokenizer import tokenizer_hash
+
+N = TypeVar("N", Node, NodeAt)
+"""A node, or a node at a position: whatever the search had gates for."""
 
 MAX_PASSES = 2
 """Rounds of knocking out and dropping at most."""
@@ -74,7 +78,7 @@ def find_circuit(
     train, select = split_pairs(task, config, generator)
     held = baseline if search_baseline is None else search_baseline
     search = learn_gates(model, train, config, held, generator=generator, progress=progress)
-    selection = Selection(model, select, held, frozen_norms=config.frozen_norms)
+    selection = Selection(model, select, held, frozen_norms=config.frozen_norms, per_position=config.per_position)
     return sized(model, task, search, selection, baseline, config, seed=seed, progress=progress)
 
 
@@ -96,7 +100,7 @@ def sized(
     """
 
     def good(n: int) -> bool:
-        return selection.fit(kept_by(search.order[:n], model, config)).enough(config)
+        return selection.fit(kept_by(search.order[:n], model, config, selection.n_pos)).enough(config)
 
     prefix = search.order[: smallest_prefix(len(search.order), good, search.n_open)]
     nodes, importance = _without_idle(model, prefix, selection, config, progress)
@@ -116,22 +120,23 @@ def sized(
     )
 
 
-def kept_by(nodes: Iterable[Node], model: HookedModel, config: PruneConfig) -> Masks:
-    """What a circuit of `nodes` keeps: those, and every node of a site without gates."""
-    found = masks(nodes, model.cfg)
+def kept_by(nodes: Iterable[Node | NodeAt], model: HookedModel, config: PruneConfig, n_pos: int | None = None) -> Masks:
+    """What a circuit of `nodes` keeps: those, and every node of a site without gates; of nodes at positions, those of
+    prompts of `n_pos` tokens."""
+    found = masks(nodes, model.cfg) if n_pos is None else masks_at(nodes, model.cfg, n_pos)
     return {place: m if place.site in config.sites else torch.ones_like(m) for place, m in found.items()}
 
 
-def _units(nodes: Sequence[Node], config: PruneConfig, cfg: AnyShape) -> list[tuple[Node, ...]]:
+def _units(nodes: Sequence[N], config: PruneConfig, cfg: AnyShape) -> list[tuple[N, ...]]:
     """What is dropped in one piece: a node, or the k of a channel and the q that meet it where they share a gate."""
     if not config.share_qk:
         return [(node,) for node in nodes]
     kept = set(nodes)
-    units: dict[Node, tuple[Node, ...]] = {}
+    units: dict[N, tuple[N, ...]] = {}
     for node in nodes:
-        key = Node(node.layer, "k", key_of(cfg, node.channel)) if node.site == "q" else node
+        key = node._replace(site="k", channel=key_of(cfg, node.channel)) if node.site == "q" else node
         if key.site == "k" and key in kept:
-            queries = [Node(key.layer, "q", channel) for channel in queries_of(cfg, key.channel)]
+            queries = [key._replace(site="q", channel=channel) for channel in queries_of(cfg, key.channel)]
             units[key] = (*(query for query in queries if query in kept), key)
         else:
             units[node] = (node,)
@@ -140,20 +145,20 @@ def _units(nodes: Sequence[Node], config: PruneConfig, cfg: AnyShape) -> list[tu
 
 def _without_idle(
     model: HookedModel,
-    nodes: Sequence[Node],
+    nodes: Sequence[N],
     selection: Selection,
     config: PruneConfig,
     progress: bool,
-) -> tuple[list[Node], dict[Node, float]]:
+) -> tuple[list[N], dict[N, float]]:
     """Drop what the stopping rule can do without; each node that stays comes with what its knock-out costs."""
     units = _units(nodes, config, model.cfg)
     for n_pass in range(MAX_PASSES):
         cost = _knock_outs(model, units, selection, config, progress, f"knock-outs {n_pass + 1}")
         order = sorted(range(len(units)), key=lambda i: -cost[i])
 
-        def good(n: int, order: list[int] = order, units: list[tuple[Node, ...]] = units) -> bool:
+        def good(n: int, order: list[int] = order, units: list[tuple[N, ...]] = units) -> bool:
             kept = [node for i in order[:n] for node in units[i]]
-            return selection.fit(kept_by(kept, model, config)).enough(config)
+            return selection.fit(kept_by(kept, model, config, selection.n_pos)).enough(config)
 
         n_needed = smallest_prefix(len(units), good, len(units))
         if n_needed == len(units):
@@ -167,14 +172,14 @@ def _without_idle(
 
 def _knock_outs(
     model: HookedModel,
-    units: Sequence[tuple[Node, ...]],
+    units: Sequence[tuple[N, ...]],
     selection: Selection,
     config: PruneConfig,
     progress: bool,
     title: str,
 ) -> list[float]:
     """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
-    kept = kept_by([node for unit in units for node in unit], model, config)
+    kept = kept_by([node for unit in units for node in unit], model, config, selection.n_pos)
     by_layer: dict[int, list[int]] = {}
     for i, unit in enumerate(units):
         by_layer.setdefault(unit[0].layer, []).append(i)
@@ -188,24 +193,24 @@ def _knock_outs(
 
 def _scores(
     model: HookedModel,
-    nodes: Sequence[Node],
+    nodes: Sequence[N],
     search: GateSearch,
     selection: Selection,
     baseline: NodeValues,
     config: PruneConfig,
 ) -> pd.DataFrame:
     """Both losses side by side, the divergence, and the size that the paper's own stopping rule would have chosen."""
-    fit = selection.fit(kept_by(nodes, model, config))
+    fit = selection.fit(kept_by(nodes, model, config, selection.n_pos))
 
     def reaches_target(n: int) -> bool:
-        return selection.fit(kept_by(search.order[:n], model, config)).loss <= config.target_task_loss
+        return selection.fit(kept_by(search.order[:n], model, config, selection.n_pos)).loss <= config.target_task_loss
 
     try:
         at_target = float(smallest_prefix(len(search.order), reaches_target, search.n_open))
     except CircuitError:
         at_target = float("nan")  # the model itself does not get there
     rows = [
-        *_fit_rows(fit),
+        *fit_rows(fit),
         (f"nodes at task loss {config.target_task_loss}", at_target, "nodes", "prefix of the ranking"),
     ]
     if config.rule == "logit_difference":
@@ -215,14 +220,14 @@ def _scores(
     measured = [(*row, selection.ablation) for row in rows]
     running = selection.under(baseline)
     if running.ablation != selection.ablation:  # what was searched with is not what the circuit runs with
-        as_run = _fit_rows(running.fit(kept_by(nodes, model, config)))
+        as_run = fit_rows(running.fit(kept_by(nodes, model, config, selection.n_pos)))
         measured += [(f"{name}, as it runs", *rest, running.ablation) for name, *rest in as_run]
     split = ("selection", len(selection.batch))
     table = [(name, value, unit, ablation, metric, *split) for name, value, unit, metric, ablation in measured]
     return pd.DataFrame(table, columns=list(SCORE_COLUMNS))
 
 
-def _fit_rows(fit: Fit) -> list[tuple[str, float, str, str]]:
+def fit_rows(fit: Fit) -> list[tuple[str, float, str, str]]:
     """What a circuit does on the selection pairs: measure, value, unit, metric."""
     return [
         ("task loss of circuit", fit.loss, "nats", "cross-entropy of answer against foil"),
@@ -232,10 +237,10 @@ def _fit_rows(fit: Fit) -> list[tuple[str, float, str, str]]:
 
 
 def _calibrated_rows(
-    model: HookedModel, nodes: Sequence[Node], selection: Selection, config: PruneConfig
+    model: HookedModel, nodes: Sequence[N], selection: Selection, config: PruneConfig
 ) -> list[tuple[str, float, str, str]]:
     """The same losses with the circuit's logits scaled, and the scale; on the pairs that it is fitted to."""
-    logits = selection.logits(kept_by(nodes, model, config))
+    logits = selection.logits(kept_by(nodes, model, config, selection.n_pos))
     fitted = fit_scale(logits, selection.reference, selection.batch, config.objective)
     scaled = fitted.apply(logits)
     loss = answer_loss(scaled, selection.batch).mean().item()

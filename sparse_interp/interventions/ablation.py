@@ -30,11 +30,13 @@ from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_
 from sparse_interp.interventions.baselines import Baseline, Counterfactual, Resample
 from sparse_interp.interventions.baselines import mean_activations as mean_activations
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeValues, Place, flat, masks
+from sparse_interp.model.sites import Node, NodeAt, NodeValues, Place, flat, masks
 from sparse_interp.model.text import evaluating as evaluating
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
-Masks = Mapping[Place, Bool[Tensor, " width"]]
+Masks = Mapping[Place, Bool[Tensor, " width"] | Bool[Tensor, "pos width"]]
+"""What is kept, at all positions or position by position."""
+
 Values = NodeValues | Mapping[Place, Tensor]
 """What nodes are held at: [width] for constants, or what broadcasts to [batch pos width] for values of prompts."""
 
@@ -70,11 +72,16 @@ def partial(m: Tensor, baseline: Tensor, r: Tensor | None = None) -> Callable:
     return hook
 
 
-def hold(kept: Bool[Tensor, " width"], values: Tensor, r: Tensor | None = None) -> Callable:
+def hold(kept: Bool[Tensor, "*pos width"], values: Tensor, r: Tensor | None = None) -> Callable:
     """A forward hook under which channels outside `kept` hold `values`, or have a share `r` left; others are exact."""
 
     def hook(activation: Tensor, hook: HookPoint) -> Tensor:
         channels = flat(activation)
+        if kept.ndim == 2 and len(kept) not in (1, channels.shape[1]):
+            raise CircuitError(
+                f"{hook.name}: what is kept is told for prompts of {len(kept)} tokens, and the run has "
+                f"{channels.shape[1]}; run prompts of that length."
+            )
         held = fitting(values.to(channels), channels, hook)
         if r is not None:
             held = partly(channels, held, r.to(channels))
@@ -97,13 +104,14 @@ def fitting(values: Tensor, channels: Float[Tensor, "batch pos width"], hook: Ho
     )
 
 
-def less(kept: Masks, nodes: Iterable[Node]) -> Masks:
-    """`kept` without `nodes`; what was given stays as it is."""
+def less(kept: Masks, nodes: Iterable[Node | NodeAt]) -> Masks:
+    """`kept` without `nodes`; what was given stays as it is. A node without a position leaves at all."""
     fewer = dict(kept)
     for node in nodes:
         place = Place(node.layer, node.site)
         fewer[place] = fewer[place].clone()
-        fewer[place][node.channel] = False
+        where = min(node.pos, len(fewer[place]) - 1) if isinstance(node, NodeAt) else ...
+        fewer[place][where, node.channel] = False
     return fewer
 
 
@@ -306,7 +314,7 @@ class Ablation:
             raise CircuitError(f"{self.name}: pass generator=, which draws the shares.")
         rows = n_prompts if self.scope == "example" else 1
         return {
-            place: torch.rand(rows, 1, len(mask), generator=generator, device=generator.device)
+            place: torch.rand(rows, 1, mask.shape[-1], generator=generator, device=generator.device)
             for place, mask in kept.items()
             if not bool(mask.all())
         }

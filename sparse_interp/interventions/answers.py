@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_interp.axes import Resid
+from sparse_interp.errors import TaskError
 from sparse_interp.model.dense import HookedModel
 from sparse_interp.model.sites import FINAL_READ, Place
 from sparse_interp.tasks.task import TaskBatch
@@ -22,6 +23,21 @@ def both_sides(batch: TaskBatch) -> TaskBatch:
     """Every pair twice: once with each of its prompts as the clean one."""
     other = batch.swapped()
     return TaskBatch(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(batch).items()})
+
+
+def length_in_common(pairs: TaskBatch) -> int:
+    """The length of all prompts, tokens.
+
+    Raises:
+        TaskError: if they differ.
+    """
+    shortest, longest = int(pairs.lengths.min()), int(pairs.lengths.max())
+    if shortest != longest:
+        raise TaskError(
+            f"gates per position need prompts of one length, and these have {shortest} to {longest} tokens; take pairs "
+            "of one length (Task.from_pairs), or per_position=False."
+        )
+    return longest
 
 
 def answer_logits(model: HookedModel, batch: TaskBatch, resid: Resid | None = None, layer: int = 0) -> AnswerLogits:

@@ -21,7 +21,17 @@ from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.norms import frozen_norm_hooks
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import FwdHooks, HookedModel
-from sparse_interp.model.sites import Node, NodeValues, Place, group_size, places, queries_of, width
+from sparse_interp.model.sites import (
+    FINAL_READ,
+    Node,
+    NodeAt,
+    NodeValues,
+    Place,
+    group_size,
+    places,
+    queries_of,
+    width,
+)
 from sparse_interp.tasks.task import TaskBatch
 
 Meeting = Callable[..., AbstractContextManager]
@@ -139,7 +149,11 @@ class Gates(ABC):
 
 
 class NodeGates(Gates):
-    """One gate per node of the gated sites. Where q and k of a channel are tied, theirs stands under q, one per k."""
+    """One gate per node of the gated sites. Where q and k of a channel are tied, theirs stands under q, one per k.
+
+    With `n_pos`, the length of all prompts, every node has one at each position; a group is laid out [pos node]. The
+    last read is gated at the position that answers, where alone it is read.
+    """
 
     def __init__(
         self,
@@ -147,17 +161,23 @@ class NodeGates(Gates):
         baseline: Baseline,
         configs: Sequence[PruneConfig],
         generators: Sequence[torch.Generator],
+        n_pos: int | None = None,
     ):
+        self.n_pos = n_pos
         self.model, self.cfg = model, model.cfg
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         self.sites, self.tied, self.frozen_norms = configs[0].sites, configs[0].share_qk, configs[0].frozen_norms
         sizes = {
-            place: width(model.cfg, "k" if self.tied and place.site == "q" else place.site)
+            place: self._rows(place) * width(model.cfg, "k" if self.tied and place.site == "q" else place.site)
             for place in places(model.cfg, self.sites)
             if not (self.tied and place.site == "k")
         }
-        free = {place: width(model.cfg, place.site) for place in places(model.cfg, self.sites)}
+        free = {place: self._rows(place) * width(model.cfg, place.site) for place in places(model.cfg, self.sites)}
         super().__init__(sizes, free, configs, generators, model.embed.W_E)
+
+    def _rows(self, place: Place) -> int:
+        """At how many positions nodes of a place have gates of their own; 1 where all share one."""
+        return 1 if self.n_pos is None or place.site == FINAL_READ.name else self.n_pos
 
     def owner(self, place: Place) -> Place | None:
         """Under which place the gates of `place` stand; None where it has none."""
@@ -165,8 +185,9 @@ class NodeGates(Gates):
             return None
         return Place(place.layer, "q") if self.tied and place.site == "k" else place
 
-    def per_node(self, place: Place, of_gates: Float[Tensor, "*mask gate"]) -> Float[Tensor, "*mask width"]:
+    def per_node(self, place: Place, of_gates: Float[Tensor, "*mask gate"]) -> Float[Tensor, "*mask #pos width"]:
         """One number for every node of a place, from one for every gate."""
+        of_gates = of_gates.unflatten(-1, (self._rows(place), -1))
         n_heads = group_size(self.cfg) if self.tied and place.site == "q" else 1
         if n_heads == 1:
             return of_gates
@@ -183,31 +204,41 @@ class NodeGates(Gates):
         def block(opened: Mapping, shares: Mapping | None = None) -> AbstractContextManager:
             found: FwdHooks = [*norms]
             for place in places(self.cfg, self.sites):
-                m = per_row(self.per_node(place, opened[self.owner(place)])[:, None], counts)
-                r = None if shares is None else per_row(shares[place][:, None], counts)
+                m = per_row(self.per_node(place, opened[self.owner(place)]), counts)
+                r = None if shares is None else per_row(shares[place].unflatten(1, (self._rows(place), -1)), counts)
                 found.append((place.hook, partial(m, values[place], r)))
             return self.model.hooks(fwd_hooks=found)
 
         return block
 
-    def ranking(self, i: int) -> list[Node]:
-        """Nodes of mask `i`, the most needed first. Nodes that share a gate follow each other, q before k."""
-        order = []
-        for _, _, place, channel in sorted(self.keys(i)):
-            if self.tied and place.site == "q":
-                order += [Node(place.layer, "q", query) for query in queries_of(self.cfg, channel)]
-                order.append(Node(place.layer, "k", channel))
-            else:
-                order.append(Node(place.layer, place.site, channel))
-        return order
+    def ranking(self, i: int) -> tuple[list[Node] | list[NodeAt], int]:
+        """Nodes of mask `i`, the most needed first, and how many of them have an open gate.
+
+        Nodes that share a gate follow each other, q before k.
+        """
+        order, n_open = [], 0
+        for minus_tau, _, place, number in sorted(self.keys(i)):
+            pos, channel = divmod(number, self.sizes[place] // self._rows(place))
+            pos = pos if self._rows(place) == self.n_pos else -1
+            order += self._sharing(place, channel, pos)
+            n_open = len(order) if minus_tau <= 0 else n_open
+        return order, n_open
+
+    def _sharing(self, place: Place, channel: int, pos: int) -> list:
+        """The nodes behind one gate; `pos` -1 is the last position."""
+        found = [Node(*place, channel)]
+        if self.tied and place.site == "q":
+            found = [Node(place.layer, "q", query) for query in queries_of(self.cfg, channel)]
+            found.append(Node(place.layer, "k", channel))
+        return found if self.n_pos is None else [NodeAt(*node, pos % self.n_pos) for node in found]
 
     def values(self, i: int) -> NodeValues:
-        """tau of every node of the model in mask `i`; +inf at nodes without a gate."""
+        """tau of every node of the model in mask `i`, at the position where it is largest; +inf without a gate."""
         tau, found = self.groups(self.taus[i].detach().cpu()), {}
         for place in places(self.cfg):
             owner = self.owner(place)
             none = torch.full((width(self.cfg, place.site),), torch.inf)
-            found[place] = none if owner is None else self.per_node(place, tau[owner])
+            found[place] = none if owner is None else self.per_node(place, tau[owner]).amax(0)
         return NodeValues(found, "gate tau")
 
 

@@ -100,7 +100,7 @@ class PruneConfig:
     many steps; 0 never does."""
 
     calibrate: bool = False
-    """Whether to fit one scale to the circuit's logits in the end and report its losses with it too; decides nothing."""
+    """Whether to fit one scale to the circuit's logits in the end and report losses with it too; decides nothing."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:

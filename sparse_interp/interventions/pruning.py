@@ -29,12 +29,19 @@ from tqdm import tqdm
 
 from sparse_interp.errors import ConfigError
 from sparse_interp.interventions.ablation import ascend
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import (
+    AnswerLogits,
+    all_answer_logits,
+    answer_logits,
+    both_sides,
+    frozen,
+    length_in_common,
+)
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, NodeGates
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeValues
+from sparse_interp.model.sites import Node, NodeAt, NodeValues
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, lines
 from sparse_interp.tasks.task import TaskBatch, answer_loss, logit_difference_error
@@ -79,11 +86,12 @@ class SearchHistory(Table):
 class GateSearch:
     """What learn_gates found: a ranking of nodes, and how the search went."""
 
-    order: list[Node]
-    """Nodes of the gated sites, the most needed first. Nodes that share a gate follow each other, q before k."""
+    order: list[Node] | list[NodeAt]
+    """Nodes of the gated sites, the most needed first; with gates per position, nodes at positions. Nodes that share a
+    gate follow each other, q before k."""
 
     tau: NodeValues
-    """Final gate parameters; nodes without a gate have +inf."""
+    """Final gate parameters, of gates per position the largest; nodes without a gate have +inf."""
 
     n_open: int
     """How many of them, from the front, have an open gate."""
@@ -127,18 +135,17 @@ def learn_many(
     Raises:
         CircuitError: if `baseline` does not fit the model.
         ConfigError: if the masks differ in what they have to have in common, or share a generator.
+        TaskError: for gates per position where prompts differ in length.
     """
     model = hooked(model)
     check_common(configs, generators)
     if isinstance(baseline, NodeValues):
         baseline.check(model.cfg)
-    gates = NodeGates(model, baseline, configs, generators)
+    n_pos = length_in_common(pairs) if configs[0].per_position else None
+    gates = NodeGates(model, baseline, configs, generators, n_pos)
     histories = train_gates(model, pairs, gates, progress=progress)
-    found = []
-    for i, history in enumerate(histories):
-        order, tau = gates.ranking(i), gates.values(i)
-        found.append(GateSearch(order, tau, sum(tau.of(node) >= 0 for node in order), history))
-    return found
+    rankings = [gates.ranking(i) for i in range(len(configs))]
+    return [GateSearch(order, gates.values(i), n_open, histories[i]) for i, (order, n_open) in enumerate(rankings)]
 
 
 def check_common(configs: Sequence[PruneConfig], generators: Sequence[torch.Generator]) -> None:

@@ -5,7 +5,7 @@ outside a candidate is ablated fully, to whatever baseline the search has.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from sparse_interp.interventions.answers import (
     answer_logits,
     at_answers,
     both_sides,
+    length_in_common,
     stream_at,
 )
 from sparse_interp.interventions.baselines import Baseline
@@ -79,10 +80,23 @@ class Selection:
         pairs: the pairs; both prompts of each are used.
         baseline: what nodes outside a candidate hold, constants or values of prompts.
         frozen_norms: whether norms divide by what they divide by in the model's own run.
+        per_position: whether candidates are nodes at positions; prompts have to be of one length then.
+
+    Raises:
+        TaskError: if they are not.
     """
 
-    def __init__(self, model: HookedModel, pairs: TaskBatch, baseline: Baseline, *, frozen_norms: bool = False):
+    def __init__(
+        self,
+        model: HookedModel,
+        pairs: TaskBatch,
+        baseline: Baseline,
+        *,
+        frozen_norms: bool = False,
+        per_position: bool = False,
+    ):
         self.model, self.frozen_norms = model, frozen_norms
+        self.n_pos = length_in_common(pairs) if per_position else None
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         self.batch = both_sides(pairs).to(model.embed.W_E.device)
         with evaluating(model):
@@ -120,7 +134,7 @@ class Selection:
         return _Chunk(batch, self.reference[rows], values, norms)
 
     @torch.no_grad()
-    def knock_outs(self, kept: Masks, without: Mapping[int, Sequence[Masks]], every: int) -> Iterator[float]:
+    def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int) -> Iterator[float]:
         """By how much the mean KL(model || circuit) grows from `kept` to each of `without`, nats, layer by layer.
 
         `without` holds, under the number of a layer, what is kept when something of that layer is knocked out too:

@@ -80,6 +80,23 @@ class Node(NamedTuple):
         return f"L{self.layer}.{self.site}.{self.channel}"
 
 
+class NodeAt(NamedTuple):
+    """A node at one position of prompts that are all of one length."""
+
+    layer: int
+    site: str
+    channel: int
+    pos: int
+
+    def __str__(self) -> str:
+        return f"{self.node}@{self.pos}"
+
+    @property
+    def node(self) -> Node:
+        """The node, at whatever position."""
+        return Node(*self[:3])
+
+
 class Place(NamedTuple):
     """One site in one layer: a hook point whose channels are nodes."""
 
@@ -267,3 +284,22 @@ def masks(nodes: Iterable[Node], cfg: AnyShape, sites: Collection[str] = ()) -> 
     for node in nodes:
         found[Place(node.layer, node.site)][node.channel] = True
     return found
+
+
+def masks_at(
+    nodes: Iterable[NodeAt], cfg: AnyShape, n_pos: int, sites: Collection[str] = ()
+) -> dict[Place, Bool[Tensor, "pos width"]]:
+    """`masks` position by position, for prompts of `n_pos` tokens.
+
+    The last read has one row, that of the position that answers, where alone it is read.
+    """
+    nodes = list(nodes)
+    found = masks((), cfg, (*sites, *(node.site for node in nodes)))
+    check_nodes((node.node for node in nodes), cfg)
+    rows = {place: mask.repeat(1 if place.site == FINAL_READ.name else n_pos, 1) for place, mask in found.items()}
+    for node in nodes:
+        if not 0 <= node.pos < n_pos:
+            raise CircuitError(f"{node}: the prompts have positions 0 to {n_pos - 1}.")
+        mask = rows[Place(node.layer, node.site)]
+        mask[min(node.pos, len(mask) - 1), node.channel] = True
+    return rows
