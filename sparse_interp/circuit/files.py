@@ -58,6 +58,8 @@ class CircuitFiles:
     model_name: str
     model_sha256: str
     sites: tuple[str, ...]
+    n_pos: int | None
+    edges_pruned: bool
     task_name: str | None
     task_sha256: str | None
     tokenizer_sha256: str | None
@@ -159,6 +161,8 @@ class CircuitFiles:
             "prune": prune,
             "seed": self.seed,
             "sites": list(self.sites),
+            "n_pos": self.n_pos,
+            "edges_pruned": self.edges_pruned,
             "baseline": self.baseline.kind,
             "scores": _rows_of(self.scores),
             "nodes": _rows_of(self.nodes),
@@ -244,6 +248,8 @@ def _fields(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "model_name": record["model"]["name"],
         "model_sha256": record["model"]["weights_sha256"],
         "sites": tuple(sites),
+        "n_pos": record.get("n_pos"),
+        "edges_pruned": bool(record.get("edges_pruned", False)),
         "task_name": task["name"],
         "task_sha256": task["templates_sha256"],
         "tokenizer_sha256": record["tokenizer_sha256"],

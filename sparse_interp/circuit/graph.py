@@ -6,12 +6,15 @@ Edges are read off the weights, never fitted: a non-zero entry of W_Q, W_K, W_V,
 nodes. Those are what `n_edges` counts. Identity wires along the residual stream and the wires by which q and k act on
 the write through the attention pattern are drawn and not counted; entries of W_E and W_U are listed and counted apart.
 
+A circuit of nodes has all of its edges. One whose edges were pruned (`edges_pruned`) has those that it lists: any other
+weight between two of its nodes carries the baseline of its source, before AbsTopK acts on the target.
+
 Circuits of one model form sets (`&`, `|`, `-`, `diff`). How a circuit is kept in a file is in `circuit/files.py`, how
 it is drawn in `circuit/pictures.py`.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,20 +27,24 @@ from sparse_interp.circuit.files import EDGE_TYPES, CircuitFiles
 from sparse_interp.circuit.pictures import CircuitPictures
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, holding_hooks
+from sparse_interp.interventions.edges import EdgeMasks, cutting, edges_among
 from sparse_interp.interventions.pruning import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.config import AnyShape, Shape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.edges import Matrix
 from sparse_interp.model.sites import (
     NODE_SITES,
     SITES,
     WIRES,
     Node,
+    NodeAt,
     NodeValues,
     Place,
     check_nodes,
     heads_of,
     masks,
+    masks_at,
     places,
     rows_of,
     wires,
@@ -51,6 +58,9 @@ else:
 
 NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importance_nats")
 EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
+EDGE_KEY = ["source", "target", "weight_name"]
+"""What tells two weights apart."""
+
 SCORE_COLUMNS = ("measure", "value", "unit", "ablation", "metric", "split", "n_prompts")
 
 _READS, _WRITES = ("attn_read", "mlp_read", "final_resid", "final_read"), ("attn_write", "mlp_write")
@@ -65,14 +75,24 @@ class CircuitDiff(Table):
 
 
 @dataclass(frozen=True, eq=False)
+class EdgeDiff(Table):
+    """Which weights two circuits share as edges: one row per edge of either."""
+
+    columns: ClassVar[tuple[str, ...]] = ("source", "target", "weight_name", "weight", "weight_other", "where")
+    """`weight` is that of the first circuit's model, `weight_other` of the second's; `where` as in CircuitDiff."""
+
+
+@dataclass(frozen=True, eq=False)
 class Circuit(CircuitFiles, CircuitPictures):
     """A set of nodes of one model, for one task, with what everything outside it is held at."""
 
     nodes: pd.DataFrame
-    """One row per node: `layer`, `site`, `channel`, `head` (q, k, v), `baseline`, `tau`, `importance_nats`."""
+    """One row per node: `layer`, `site`, `channel`, `head` (q, k, v), `baseline`, `tau`, `importance_nats`; and if
+    nodes are kept at some positions only `positions`, numbers with a space between."""
 
     edges: pd.DataFrame
-    """One row per wire: `source` and `target` (as `L0.neuron.12`), `kind`, `weight_name`, `weight`."""
+    """One row per wire: `source` and `target` (as `L0.neuron.12`), `kind`, `weight_name`, `weight`; and after edges
+    were pruned `importance_nats`, what cutting this one costs."""
 
     baseline: NodeValues
     """What every node is held at while it is outside the circuit."""
@@ -88,6 +108,12 @@ class Circuit(CircuitFiles, CircuitPictures):
 
     sites: tuple[str, ...] = NODE_SITES
     """Where nodes outside the circuit are held; every other site keeps what is computed there."""
+
+    n_pos: int | None = None
+    """Length of the prompts, tokens, if it says at which positions nodes are kept; None keeps them at all."""
+
+    edges_pruned: bool = False
+    """Whether a weight between two nodes that is not among `edges` is cut; otherwise all of them act, listed or not."""
 
     task_name: str | None = None
     """Task that the circuit was found for."""
@@ -117,25 +143,32 @@ class Circuit(CircuitFiles, CircuitPictures):
     def of_nodes(
         cls,
         model: AnyModel,
-        nodes: Iterable[Node],
+        nodes: Iterable[Node] | Iterable[NodeAt],
         baseline: NodeValues,
         *,
         sites: tuple[str, ...] | None = None,
         tau: NodeValues | None = None,
-        importance: dict[Node, float] | None = None,
+        importance: Mapping[Node, float] | Mapping[NodeAt, float] | None = None,
+        n_pos: int | None = None,
+        edges: EdgeMasks | None = None,
         prune: PruneConfig | None = None,
         **origin: Any,
     ) -> "Circuit":
         """The circuit of `nodes` in `model`, edges read off its weights.
 
         `sites` are those where everything else is held; None takes those of the search `prune`, or all of a model's.
+        With `edges` all other weights between its nodes are cut. Nodes at positions come with the length `n_pos` of
+        their prompts; the importance of a node is then the largest that it has at a position.
 
         Raises:
             CircuitError: for a node that the model does not have, or a baseline of another model.
         """
         model = hooked(model)
-        nodes, order = set(nodes), _order(model.cfg)
+        spots, order = set(nodes), _order(model.cfg)
+        nodes = spots if n_pos is None else {spot.node for spot in spots}
         check_nodes(nodes, model.cfg)
+        if n_pos is not None and importance is not None:
+            importance = {spot.node: value for spot, value in sorted(importance.items(), key=lambda item: item[1])}
         kept = sorted(nodes, key=lambda node: (order[Place(node.layer, node.site)], node.channel))
         if sites is None:
             sites = NODE_SITES if prune is None else prune.sites
@@ -149,14 +182,19 @@ class Circuit(CircuitFiles, CircuitPictures):
         frame = pd.DataFrame(rows, columns=list(NODE_COLUMNS)).astype(
             {"head": "Int64", "baseline": float, "tau": float, "importance_nats": float}
         )
+        if n_pos is not None:
+            masks_at(spots, model.cfg, n_pos)  # refuses positions that the prompts do not have
+            frame["positions"] = [" ".join(str(s.pos) for s in sorted(spots) if s.node == node) for node in kept]
         return cls(
+            n_pos=n_pos,
             nodes=frame,
-            edges=edges_between(model, kept),
+            edges=edges_between(model, kept, edges),
             baseline=baseline,
             cfg=Shape.of(model.cfg),
             model_name=model.cfg.model_name,
             model_sha256=weights_sha256(model),
             sites=sites,
+            edges_pruned=edges is not None,
             tau=tau,
             prune=prune,
             **origin,
@@ -180,36 +218,114 @@ class Circuit(CircuitFiles, CircuitPictures):
         """Number of non-zero within-block weights between kept nodes."""
         return int((self.edges.kind == "weight").sum())
 
+    def edge_masks(self, model: AnyModel) -> EdgeMasks:
+        """For every weight matrix of `model`, which of its entries are edges of this circuit."""
+        among = edges_among(hooked(model), masks(self.node_set, self.cfg, self.sites))
+        return self._listed(among) if self.edges_pruned else among
+
+    def cut_edges(self, model: AnyModel) -> EdgeMasks:
+        """For every weight matrix of `model`, which entries between two nodes are cut: none in a circuit of nodes."""
+        if not self.edges_pruned:
+            return {}
+        among = edges_among(hooked(model), masks(self.node_set, self.cfg, self.sites))
+        listed = self._listed(among)
+        return {matrix: mask & ~listed[matrix] for matrix, mask in among.items()}
+
+    def _listed(self, among: EdgeMasks) -> EdgeMasks:
+        """The entries of matrices that are in the table of edges."""
+        rows = self.entries.groupby(["layer", "name"])
+        found = {}
+        for matrix, mask in among.items():
+            found[matrix] = torch.zeros_like(mask)
+            if matrix in rows.groups:
+                here = rows.get_group(matrix)
+                found[matrix][torch.tensor(here.row.to_numpy()), torch.tensor(here.column.to_numpy())] = True
+                found[matrix] &= mask
+        return found
+
+    @cached_property
+    def entries(self) -> pd.DataFrame:
+        """Where the edges stand in the weights: `layer`, `name` of the matrix, `row`, `column`."""
+        weights = self.edges[self.edges.kind == "weight"]
+        ends = {end: weights[end].str.extract(r"^L(\d+)\.\w+\.(\d+)$").astype("int64") for end in ("source", "target")}
+        name = weights.weight_name.str.extract(r"^([\w.]+?)(?:\[(\d+)\])?$")  # with a head where queries are grouped
+        channel = ends["source"][1]
+        in_head = name[1].astype(float) * self.cfg.d_head + channel % self.cfg.d_head
+        row = in_head.where(name[1].notna(), channel).astype("int64")
+        return pd.DataFrame({"layer": ends["source"][0], "name": name[0], "row": row, "column": ends["target"][1]})
+
     # -- running it -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def spots(self) -> frozenset[NodeAt]:
+        """The nodes at the positions where they are kept; empty if they are kept at all positions."""
+        if self.n_pos is None:
+            return frozenset()
+        rows = self.nodes[["layer", "site", "channel", "positions"]].itertuples(index=False)
+        return frozenset(NodeAt(int(r[0]), str(r[1]), int(r[2]), int(pos)) for r in rows for pos in str(r[3]).split())
+
+    @property
+    def inside(self) -> Masks:
+        """For every place, which channels are in the circuit, position by position if it says positions."""
+        if self.n_pos is not None:
+            return masks_at(self.spots, self.cfg, self.n_pos, self.sites)
+        return masks(self.node_set, self.cfg, self.sites)
 
     @property
     def kept(self) -> Masks:
-        """For every place, which channels are in the circuit; places outside `sites` keep everything."""
-        found = masks(self.node_set, self.cfg, self.sites)
-        return {p: m if p.site in self.sites else torch.ones_like(m) for p, m in found.items()}
+        """For every place, which channels are computed: those of the circuit, and outside `sites` all."""
+        return {p: m if p.site in self.sites else torch.ones_like(m) for p, m in self.inside.items()}
 
     def hooks(self, model: AnyModel) -> FwdHooks:
         """Plain forward hooks under which `model` runs as this circuit, for any TransformerLens call.
 
         Raises:
-            CircuitError: if the model has another shape or other weights.
+            CircuitError: if the model has another shape or other weights, or edges between the nodes are cut.
         """
         self.check_model(model)
+        if self.edges_pruned:
+            raise CircuitError(
+                "edges are cut before AbsTopK acts on what they lead to, where no hook point is: make the call inside "
+                "`with circuit.running(model):`."
+            )
         return holding_hooks(self.kept, self.baseline)
 
     @contextmanager
     def running(self, model: AnyModel) -> Iterator[AnyModel]:
-        """Inside the block `model` runs as this circuit: everything outside it holds its baseline."""
-        with hooked(model).hooks(fwd_hooks=self.hooks(model)):
+        """Inside the block `model` runs as this circuit: nodes outside hold, and cut edges carry, the baseline."""
+        with self.cutting(model), hooked(model).hooks(fwd_hooks=holding_hooks(self.kept, self.baseline)):
+            yield model
+
+    @contextmanager
+    def cutting(self, model: AnyModel) -> Iterator[AnyModel]:
+        """Inside the block edges between its nodes that it lacks carry the baseline; nodes outside are left alone."""
+        self.check_model(model)
+        with cutting(model, self.cut_edges(model), self.baseline):
             yield model
 
     @contextmanager
     def removed(self, model: AnyModel) -> Iterator[AnyModel]:
-        """Inside the block `model` runs without this circuit: its nodes hold their baseline, the rest is computed."""
+        """Inside the block `model` runs without this circuit, and all else is computed.
+
+        Its nodes hold their baseline. If its edges were pruned they carry it instead, and nodes keep what other edges
+        bring; so do the channels of the last read.
+        """
         self.check_model(model)
-        outside = {place: ~mask for place, mask in masks(self.node_set, self.cfg).items()}
+        if self.edges_pruned:
+            with cutting(model, self.edge_masks(model), self.baseline):
+                yield model
+            return
+        outside = {place: ~mask for place, mask in self.inside.items()}
         with hooked(model).hooks(fwd_hooks=holding_hooks(outside, self.baseline)):
             yield model
+
+    def check_all_positions(self, what: str) -> None:
+        """Raise CircuitError if nodes are kept at some positions only, which `what` has no words for."""
+        if self.n_pos is not None:
+            raise CircuitError(
+                f"{what} is for nodes at all positions, and this circuit keeps nodes at positions of prompts of "
+                f"{self.n_pos} tokens; Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them at all."
+            )
 
     def check_model(self, model: AnyModel) -> None:
         """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""
@@ -229,13 +345,23 @@ class Circuit(CircuitFiles, CircuitPictures):
             )
 
     def transplanted(self, model: AnyModel, baseline: NodeValues | None = None) -> "Circuit":
-        """The same nodes in another model of the same shape, edges and hash read anew."""
-        moved = Circuit.of_nodes(model, self.node_set, baseline or self.baseline, sites=self.sites)
+        """The same nodes in another model of the same shape, edges and hash read anew.
+
+        Of pruned edges those stay that are weights of that model too; its other weights between the nodes are cut.
+        """
+        edges = self.edge_masks(model) if self.edges_pruned else None
+        nodes = self.node_set if self.n_pos is None else self.spots
+        origin = {"sites": self.sites, "edges": edges, "n_pos": self.n_pos}
+        moved = Circuit.of_nodes(model, nodes, baseline or self.baseline, **origin)
         return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
 
     # -- set algebra ------------------------------------------------------------------------------------------------
 
-    def _combined(self, other: "Circuit", nodes: Iterable[Node]) -> "Circuit":
+    def _combined(
+        self, other: "Circuit", nodes: Iterable[Node], weights: pd.DataFrame, edges_pruned: bool
+    ) -> "Circuit":
+        for circuit in (self, other):
+            circuit.check_all_positions("set algebra")
         if self.model_sha256 != other.model_sha256:
             raise CircuitError(
                 f"circuits of different models do not combine: {self.model_name} ({self.model_sha256[:12]}) and "
@@ -246,38 +372,42 @@ class Circuit(CircuitFiles, CircuitPictures):
         in_order = [(_order(self.cfg)[Place(*row[:2])], row[2]) for row in _places_of(both_nodes)]
         both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
         names = [str(Node(*row)) for row in _places_of(both_nodes)]
-        weights = pd.concat([part[part.kind == "weight"] for part in (self.edges, other.edges)], ignore_index=True)
-        weights = weights.drop_duplicates(["source", "target", "weight_name"])
         weights = weights[weights.source.isin(wanted) & weights.target.isin(wanted)]
         return replace(
             self,
             nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
             edges=with_wires(weights, nodes, self.cfg),
+            edges_pruned=edges_pruned,
             scores=self.scores.iloc[:0],
             history=self.history.iloc[:0],
         )
 
     def __and__(self, other: "Circuit") -> "Circuit":
-        """Nodes in both, with the edges between them."""
-        return self._combined(other, self.node_set & other.node_set)
+        """Nodes in both, with the edges between them; where edges were pruned, those that are in both."""
+        pruned, weights = self.edges_pruned or other.edges_pruned, _weights_of(self, other)
+        weights = weights[weights.duplicated(EDGE_KEY)] if pruned else weights.drop_duplicates(EDGE_KEY)
+        return self._combined(other, self.node_set & other.node_set, weights, pruned)
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Nodes of either, with the edges that either knows.
 
         A weight from a node that only one has to a node that only the other has is in neither; where there can be one,
-        a warning says so, and `(a | b).transplanted(model)` reads all edges off the weights.
+        a warning says so, and `(a | b).transplanted(model)` reads all edges off the weights. Where edges were pruned it
+        is cut, as every other weight that neither has.
         """
-        if _may_be_joined(self.node_set - other.node_set, other.node_set - self.node_set):
+        pruned = self.edges_pruned or other.edges_pruned
+        if not pruned and _may_be_joined(self.node_set - other.node_set, other.node_set - self.node_set):
             warnings.warn(
                 "edges between nodes of one circuit and nodes of the other are not known without the model; "
                 "(a | b).transplanted(model) reads them off its weights.",
                 stacklevel=2,
             )
-        return self._combined(other, self.node_set | other.node_set)
+        weights = _weights_of(self, other).drop_duplicates(EDGE_KEY)
+        return self._combined(other, self.node_set | other.node_set, weights, pruned)
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         """Nodes of this one that the other lacks, with the edges between them."""
-        return self._combined(other, self.node_set - other.node_set)
+        return self._combined(other, self.node_set - other.node_set, _weights_of(self), self.edges_pruned)
 
     def diff(self, other: "Circuit") -> CircuitDiff:
         """Node by node, whether both circuits have it, only this (`first`) or only the other (`second`).
@@ -292,6 +422,18 @@ class Circuit(CircuitFiles, CircuitPictures):
             here, there = node in self.node_set, node in other.node_set
             rows.append((*node, "both" if here and there else "first" if here else "second"))
         return CircuitDiff(pd.DataFrame(rows, columns=list(CircuitDiff.columns)))
+
+    def diff_edges(self, other: "Circuit") -> EdgeDiff:
+        """Weight by weight, whether both circuits have it as an edge, only this (`first`) or only the other (`second`).
+
+        Raises:
+            CircuitError: if the circuits belong to models of different shapes.
+        """
+        check_nodes(other.node_set, self.cfg)
+        first, second = (_weights_of(circuit)[[*EDGE_KEY, "weight"]] for circuit in (self, other))
+        rows = first.merge(second, on=EDGE_KEY, how="outer", suffixes=("", "_other"), indicator="where")
+        rows["where"] = rows["where"].astype(str).replace({"left_only": "first", "right_only": "second"})
+        return EdgeDiff(rows.drop(columns="where").assign(where=rows["where"])[list(EdgeDiff.columns)])
 
     def to_networkx(self) -> DiGraph:
         """Nodes with their columns, edges with theirs, as a directed graph.
@@ -316,6 +458,11 @@ class Circuit(CircuitFiles, CircuitPictures):
         )
 
 
+def _weights_of(*circuits: Circuit) -> pd.DataFrame:
+    """The weights that circuits list, one circuit after the other."""
+    return pd.concat([c.edges[c.edges.kind == "weight"] for c in circuits], ignore_index=True)
+
+
 def _order(cfg: AnyShape) -> dict[Place, int]:
     return {place: i for i, place in enumerate(places(cfg, SITES))}
 
@@ -333,10 +480,10 @@ def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:
     return any((a, b) in ends or (b, a) in ends for a, b in sites)
 
 
-def edges_between(model: HookedModel, nodes: Iterable[Node]) -> pd.DataFrame:
-    """Every wire between two of `nodes`: weights, residual identities, and q/k to write."""
+def edges_between(model: HookedModel, nodes: Iterable[Node], edges: EdgeMasks | None = None) -> pd.DataFrame:
+    """Every wire between two of `nodes`: weights (only `edges`, if given), residual identities, and q/k to write."""
     nodes = list(nodes)
-    weights = pd.DataFrame(_weight_edges(model, _channels(nodes)), columns=list(EDGE_COLUMNS))
+    weights = pd.DataFrame(_weight_edges(model, _channels(nodes), edges), columns=list(EDGE_COLUMNS))
     return with_wires(weights, nodes, model.cfg)
 
 
@@ -355,7 +502,7 @@ def _channels(nodes: Iterable[Node]) -> dict[Place, list[int]]:
     return channels
 
 
-def _weight_edges(model: HookedModel, channels: dict[Place, list[int]]) -> Iterator[tuple]:
+def _weight_edges(model: HookedModel, channels: dict[Place, list[int]], edges: EdgeMasks | None) -> Iterator[tuple]:
     for layer, block in enumerate(model.layers):
         for wire in wires(model.cfg):
             sources = channels.get(Place(layer, wire.source.name), [])
@@ -364,7 +511,11 @@ def _weight_edges(model: HookedModel, channels: dict[Place, list[int]]) -> Itera
                 continue
             rows = [(row, name, channel) for channel in sources for row, name in rows_of(model.cfg, wire, channel)]
             part = wire.weight(block).detach()[[row for row, _, _ in rows]][:, targets].cpu()
-            for i, j in part.nonzero().tolist():
+            there = part != 0
+            if edges is not None:
+                mask = edges.get(Matrix(layer, wire.weight_name))
+                there &= mask is not None and mask[[row for row, _, _ in rows]][:, targets]
+            for i, j in there.nonzero().tolist():
                 _, name, channel = rows[i]
                 source, target = Node(layer, wire.source.name, channel), Node(layer, wire.target.name, targets[j])
                 yield str(source), str(target), "weight", name, float(part[i, j])

@@ -35,7 +35,7 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError
 from sparse_interp.model import sites
 from sparse_interp.model.config import Shape
-from sparse_interp.model.edges import EdgeGate, EdgeGates, Matrix, carried, placed
+from sparse_interp.model.edges import EdgeGate, Matrix, carried, placed
 from sparse_interp.model.sites import SITES, WIRES, Wire, flat, group_size, places, width, wires
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
@@ -169,7 +169,7 @@ class DenseModel:
             return stopped.resid
 
     @contextmanager
-    def gated_edges(self, gates: EdgeGates) -> Iterator[None]:
+    def gated_edges(self, gates: Mapping[Matrix, EdgeGate]) -> Iterator[None]:
         """Inside the block edges carry the share of their source that `gates` say, and else its baseline."""
         with ExitStack() as stack:
             if self.tl not in _gated:

@@ -36,8 +36,6 @@ class EdgeGate(NamedTuple):
     """b, one number for each row, or one for each prompt, position and row."""
 
 
-EdgeGates = Mapping[Matrix, EdgeGate]
-
 Held = list[tuple[Float[Tensor, "*batch_pos source"], Float[Tensor, "source target"]]]
 """Baselines, and the part of a matrix that carries each."""
 
@@ -52,7 +50,7 @@ def carried(weight: Float[Tensor, "source target"], gates: Sequence[EdgeGate]) -
 
 
 @contextmanager
-def placed(gates: EdgeGates, at: Callable[[Matrix], list[EdgeGate]]) -> Iterator[None]:
+def placed(gates: Mapping[Matrix, EdgeGate], at: Callable[[Matrix], list[EdgeGate]]) -> Iterator[None]:
     """Inside the block each gate stands last in the list of its matrix, and afterwards in none."""
     lists = [(at(matrix), gate) for matrix, gate in gates.items()]
     for gates_there, gate in lists:

@@ -8,7 +8,7 @@ figures are hooks on it.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError, TokenizerError
 from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
-from sparse_interp.model.edges import EdgeGate, EdgeGates, Matrix, placed
+from sparse_interp.model.edges import EdgeGate, Matrix, placed
 from sparse_interp.model.generation import Generation
 from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
@@ -232,7 +232,7 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
-    def gated_edges(self, gates: EdgeGates) -> AbstractContextManager[None]:
+    def gated_edges(self, gates: Mapping[Matrix, EdgeGate]) -> AbstractContextManager[None]:
         """A block inside which edges carry the share of their source that `gates` say, and else its baseline."""
         return placed(gates, self._gates_of)
 

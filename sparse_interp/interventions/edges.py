@@ -1,0 +1,238 @@
+"""Edges as nodes are: which there are, what cutting some of them means, and one gate for each, learned by gradient.
+
+    m_e = 1[tau_e + s u >= 0]                              one gate per non-zero within-block weight, as in gates.py
+    message_e  <-  W_e ( b_s + m_e (x_s - b_s) )           before AbsTopK acts on the target (model/edges.py)
+
+Gao et al. 2025 (arXiv 2511.13653) prune nodes and count the weights between those that are left; to prune the weights
+themselves they name as future work. Identity wires along the residual stream have no gates: without a copy of the
+stream per read the norm would be undefined. The channels that are unembedded are ends of no weight within a block, so
+each has the gate of a node.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparse_interp.errors import CircuitError, ConfigError
+from sparse_interp.interventions.ablation import Masks, Values, holding_hooks, partial
+from sparse_interp.interventions.answers import at_answers
+from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.gates import Gates, Meeting
+from sparse_interp.interventions.norms import frozen_norm_hooks
+from sparse_interp.interventions.prune_config import PruneConfig
+from sparse_interp.interventions.pruning import SearchHistory, train_gates
+from sparse_interp.model.config import AnyShape
+from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.edges import EdgeGate, Matrix
+from sparse_interp.model.sites import FINAL_READ, FINAL_RESID, NodeValues, Place, V, Wire, group_size, wires
+from sparse_interp.tasks.task import TaskBatch
+
+EdgeMasks = Mapping[Matrix, Bool[Tensor, "source target"]]
+"""For some weight matrices, which of their entries; rows and columns are those of `Wire.weight`."""
+
+
+def by_row(cfg: AnyShape, wire: Wire, of_nodes: Tensor) -> Tensor:
+    """Something of every source node, [... node], for every row of a wire's matrix: v has one per query head."""
+    n_heads = group_size(cfg) if wire.source is V else 1
+    if n_heads == 1:
+        return of_nodes
+    return of_nodes.unflatten(-1, (-1, cfg.d_head)).repeat_interleave(n_heads, -2).flatten(-2)
+
+
+def edges_among(model: HookedModel, kept: Masks) -> dict[Matrix, Bool[Tensor, "source target"]]:
+    """The non-zero weights between kept nodes; matrices without one are left out."""
+    found = {}
+    for layer, block in enumerate(model.layers):
+        for wire in wires(model.cfg):
+            sources, targets = (kept[Place(layer, site.name)] for site in (wire.source, wire.target))
+            joined = by_row(model.cfg, wire, sources)[:, None] & targets
+            if bool(joined.any()):
+                mask = joined & (wire.weight(block).detach() != 0).cpu()
+                if bool(mask.any()):
+                    found[Matrix(layer, wire.weight_name)] = mask
+    return found
+
+
+def row_values(model: HookedModel, values: Values) -> dict[Matrix, Float[Tensor, "*batch_pos source"]]:
+    """What values of nodes are row by row, for every weight matrix."""
+    return {
+        Matrix(layer, wire.weight_name): by_row(model.cfg, wire, values[Place(layer, wire.source.name)])
+        for layer in range(model.cfg.n_layers)
+        for wire in wires(model.cfg)
+    }
+
+
+def cut_gates(model: HookedModel, cut: EdgeMasks, values: Values) -> dict[Matrix, EdgeGate]:
+    """Gates under which `cut` edges carry the values of their sources, and all others what they ever do."""
+    rows, like = row_values(model, values), model.embed.W_E
+    return {
+        matrix: EdgeGate((~mask).to(like), rows[matrix].to(like)) for matrix, mask in cut.items() if bool(mask.any())
+    }
+
+
+@contextmanager
+def cutting(model: AnyModel, cut: EdgeMasks, values: Values) -> Iterator[AnyModel]:
+    """Inside the block `cut` edges carry the values of their sources, `weight * value`, and not what these compute.
+
+    Raises:
+        CircuitError: for values of another model.
+    """
+    ours = hooked(model)
+    if isinstance(values, NodeValues):
+        values.check(ours.cfg, {wire.source.name for wire in wires(ours.cfg)})
+    with ours.gated_edges(cut_gates(ours, cut, values)):
+        yield model
+
+
+@dataclass(frozen=True)
+class EdgeUnits:
+    """What an edge search may drop, in a fixed order: edges, matrix by matrix, and behind them channels of the end."""
+
+    entries: Mapping[Matrix, tuple[Int[Tensor, " edge"], Int[Tensor, " edge"]]]
+    """For every matrix with edges, their rows and their columns."""
+
+    end: Place
+    """Where the last nodes are: `final_read`, or `final_resid`."""
+
+    channels: Int[Tensor, " channel"]
+    """Which of them may be dropped."""
+
+    shapes: Mapping[Matrix, tuple[int, int]]
+    """Sizes of the matrices."""
+
+    width: int
+    """Number of channels of `end`."""
+
+    @classmethod
+    def of(cls, model: HookedModel, kept: Masks, edges: EdgeMasks, sites: Collection[str]) -> "EdgeUnits":
+        """All `edges`, and the channels that `kept` has at the end if that is among `sites`."""
+        last = model.cfg.n_layers
+        end = Place(last - 1, FINAL_RESID.name) if FINAL_RESID.name in sites else Place(last, FINAL_READ.name)
+        entries = {matrix: mask.nonzero(as_tuple=True) for matrix, mask in edges.items()}
+        shapes = {matrix: (mask.shape[0], mask.shape[1]) for matrix, mask in edges.items()}
+        droppable = kept[end] & (end.site in sites)
+        return cls(entries, end, droppable.nonzero().flatten(), shapes, len(droppable))
+
+    @property
+    def sizes(self) -> dict[Matrix | Place, int]:
+        """How many there are of each, in order."""
+        found: dict[Matrix | Place, int] = {matrix: len(rows) for matrix, (rows, _) in self.entries.items()}
+        return found | {self.end: len(self.channels)}
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def spread(self, group: Matrix | Place, of_units: Float[Tensor, " unit"], rest: float) -> Tensor:
+        """Numbers of a group's units where they belong in its matrix or its channels, and `rest` elsewhere."""
+        if isinstance(group, Matrix):
+            return of_units.new_full(self.shapes[group], rest).index_put(self.entries[group], of_units)
+        return of_units.new_full((self.width,), rest).index_put((self.channels,), of_units)
+
+    def masks(self, chosen: Bool[Tensor, " unit"]) -> tuple[dict[Matrix, Tensor], Bool[Tensor, " width"]]:
+        """The chosen edges, and the chosen channels of the end."""
+        parts = dict(zip(self.sizes, chosen.split(list(self.sizes.values())), strict=True))
+        spread = {group: self.spread(group, part.float(), 0.0).bool() for group, part in parts.items()}
+        return {matrix: spread[matrix] for matrix in self.entries}, spread[self.end]
+
+
+class EdgeGates(Gates):
+    """One gate per edge of a circuit, or of a whole model, and one per channel that is unembedded.
+
+    Args:
+        model: the model.
+        baseline: what is carried where a gate is shut, and what nodes outside hold.
+        kept: the nodes that are not outside.
+        units: what has a gate.
+        config: how the gates are learned.
+        generator: draws their starts and their noise.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        baseline: Baseline,
+        kept: Masks,
+        units: EdgeUnits,
+        config: PruneConfig,
+        generator: torch.Generator,
+    ):
+        self.model, self.units, self.frozen_norms = model, units, config.frozen_norms
+        self.kept = {place: mask for place, mask in kept.items() if place != units.end or not len(units.channels)}
+        self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
+        super().__init__(units.sizes, units.sizes, [config], [generator], model.embed.W_E)
+
+    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
+        """Blocks in which edges and the end are gated and nodes outside held, over the values for these prompts."""
+        values = self.baseline
+        if not isinstance(values, NodeValues):
+            values = at_answers(values.on(self.model, rows), rows)
+        baselines = row_values(self.model, values)
+        norms = frozen_norm_hooks(self.model, rows) if self.frozen_norms else []
+        outside = holding_hooks(self.kept, values)
+
+        def left(group: Matrix | Place, opened: Mapping, shares: Mapping | None, rest: float) -> Tensor:
+            m = opened[group][0]
+            return self.units.spread(group, m if shares is None else m + (1 - m) * shares[group][0], rest)
+
+        @contextmanager
+        def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
+            end, hooks = self.units.end, [*norms, *outside]
+            if len(self.units.channels):
+                hooks.append((end.hook, partial(left(end, opened, shares, 0.0), values[end])))
+            gates = {
+                matrix: EdgeGate(left(matrix, opened, shares, 1.0), baselines[matrix]) for matrix in self.units.entries
+            }
+            with self.model.hooks(fwd_hooks=hooks), self.model.gated_edges(gates):
+                yield
+
+        return block
+
+    def order(self) -> Int[Tensor, " unit"]:
+        """Units by their gates, the most needed first."""
+        keys = torch.stack([self.taus[0].detach(), self.gains[0]], 1).cpu()
+        by_gain = keys[:, 1].argsort(descending=True, stable=True)
+        return by_gain[keys[by_gain, 0].argsort(descending=True, stable=True)]
+
+
+@dataclass(frozen=True)
+class EdgeSearch:
+    """What learn_edge_gates found: a ranking of edges, and how the search went."""
+
+    order: Int[Tensor, " unit"]
+    """Units, the most needed first."""
+
+    n_open: int
+    """How many of them, from the front, have an open gate."""
+
+    history: SearchHistory
+    """One row per step."""
+
+
+def learn_edge_gates(
+    model: HookedModel,
+    pairs: TaskBatch,
+    config: PruneConfig,
+    baseline: Baseline,
+    kept: Masks,
+    units: EdgeUnits,
+    *,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> EdgeSearch:
+    """Train one gate per unit on `pairs`, nodes outside `kept` held at their baseline, and rank what has a gate.
+
+    Raises:
+        ConfigError: for gates per position, which edges do not have.
+        CircuitError: if there is no edge to begin with.
+    """
+    if config.per_position:
+        raise ConfigError("per_position=True: an edge has one gate for all positions; search edges without it.")
+    if not len(units):
+        raise CircuitError("there is no edge between these nodes, and so nothing to prune.")
+    gates = EdgeGates(model, baseline, kept, units, config, generator)
+    (history,) = train_gates(model, pairs, gates, progress=progress)
+    return EdgeSearch(gates.order(), gates.n_open(0), history)
