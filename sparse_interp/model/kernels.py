@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sparse_interp.errors import ConfigError
 
+Seen = Bool[Tensor, "#batch #head query key"]
+
 
 @cache
 def _cpu_kernels() -> ModuleType | None:
@@ -96,10 +98,12 @@ def sink_attention_reference(
     k: Float[Tensor, "batch head key d_head"],
     v: Float[Tensor, "batch head key d_head"],
     sink: Float[Tensor, " head"] | None,
+    seen: Seen | None = None,
 ) -> Float[Tensor, "batch head query d_head"]:
     """`sink_attention` with every score in memory."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -torch.inf)
+    seen = causal_mask(q.shape[2], k.shape[2], q.device) if seen is None else seen
+    scores = scores.masked_fill(~seen, -torch.inf)
     total = scores.logsumexp(-1, keepdim=True)
     if sink is not None:
         total = torch.logaddexp(total, sink[:, None, None].to(total.dtype))
@@ -144,17 +148,19 @@ def sink_attention(
     k: Float[Tensor, "batch head key d_head"],
     v: Float[Tensor, "batch head key d_head"],
     sink: Float[Tensor, " head"] | None,
+    seen: Seen | None = None,
 ) -> Float[Tensor, "batch head query d_head"]:
-    """Causal attention whose rows may sum to less than 1: the sink takes the rest and writes nothing.
+    """Attention whose rows may sum to less than 1: the sink takes the rest and writes nothing.
 
         out = sum_j e^(q.k_j / sqrt(d_head)) v_j / (e^sink + sum_j e^(q.k_j / sqrt(d_head)))
 
-    The sink is one logit per head, not scaled by 1/sqrt(d_head) (released code, `sink_logit`).
-    On a GPU torch's fused attention takes the sink as one more key, whose value is zero.
+    `seen` says which keys a query sees; None is causal. The sink is one logit per head, not scaled by 1/sqrt(d_head)
+    (released code, `sink_logit`). On a GPU, or with `seen`, torch's fused attention takes it as one more key, whose
+    value is zero.
     """
     if sink is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if q.device.type == "cpu":
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+    if q.device.type == "cpu" and seen is None:
         return _SinkAttention.apply(q, k, v, sink)  # pyright: ignore[reportReturnType]
     batch, head, n, d_head = q.shape
     one, zero = q.new_ones(batch, head, n, 1), k.new_zeros(batch, head, n, 1)
@@ -162,7 +168,8 @@ def sink_attention(
     q = torch.cat([q * math.sqrt((d_head + 1) / d_head), one], -1)
     keys = torch.cat([torch.cat([k.new_zeros(batch, head, 1, d_head), bias], -1), torch.cat([k, zero], -1)], 2)
     values = torch.cat([v.new_zeros(batch, head, 1, d_head), v], 2)
-    mask = torch.cat([torch.ones(n, 1, dtype=torch.bool, device=q.device), causal_mask(n, n, q.device)], 1)
+    seen = causal_mask(n, n, q.device) if seen is None else seen
+    mask = torch.cat([torch.ones_like(seen[..., :1]), seen], -1)
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 

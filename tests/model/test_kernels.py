@@ -176,6 +176,20 @@ def test_without_a_sink_it_is_plain_causal_attention(generator):
     torch.testing.assert_close(sink_attention(q, k, v, None), sink_attention_reference(q, k, v, None))
 
 
+@pytest.mark.parametrize("sink", [True, False], ids=["sink", "no sink"])
+def test_which_keys_a_query_sees_can_be_said(sink, generator):
+    q, k, v = (t.detach() for t in heads(generator))
+    at = torch.randn(3, generator=generator, dtype=torch.float64) if sink else None
+    n = q.shape[2]
+    causal = causal_mask(n, n, q.device)[None, None]
+    torch.testing.assert_close(sink_attention(q, k, v, at, causal), sink_attention(q, k, v, at))
+    seen = (torch.rand(2, 1, n, n, generator=generator) < 0.5) | torch.eye(n, dtype=torch.bool)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).exp() * seen
+    expected = scores @ v / (scores.sum(-1, keepdim=True) + (0 if at is None else at.exp()[:, None, None]))
+    torch.testing.assert_close(sink_attention(q, k, v, at, seen), expected)
+    torch.testing.assert_close(sink_attention_reference(q, k, v, at, seen), expected)
+
+
 def test_a_sink_at_minus_infinity_takes_nothing_and_one_at_zero_takes_a_share(generator):
     q, k, v = heads(generator)
     none = torch.full((3,), -1e4, dtype=torch.float64)
