@@ -22,7 +22,7 @@ from sparse_interp.interventions.ablation import Masks, Values, holding_hooks, p
 from sparse_interp.interventions.answers import at_answers
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, Meeting
-from sparse_interp.interventions.norms import frozen_norm_hooks
+from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import SearchHistory, train_gates
 from sparse_interp.model.config import AnyShape
@@ -81,6 +81,9 @@ def cutting(model: AnyModel, cut: EdgeMasks, values: Values) -> Iterator[AnyMode
     Raises:
         CircuitError: for values of another model.
     """
+    if not cut:  # values need not be known where nothing carries them
+        yield model
+        return
     ours = hooked(model)
     if isinstance(values, NodeValues):
         values.check(ours.cfg, {wire.source.name for wire in wires(ours.cfg)})
@@ -171,7 +174,7 @@ class EdgeGates(Gates):
         if not isinstance(values, NodeValues):
             values = at_answers(values.on(self.model, rows), rows)
         baselines = row_values(self.model, values)
-        norms = frozen_norm_hooks(self.model, rows) if self.frozen_norms else []
+        scales = norm_scales(self.model, rows) if self.frozen_norms else {}
         outside = holding_hooks(self.kept, values)
 
         def left(group: Matrix | Place, opened: Mapping, shares: Mapping | None, rest: float) -> Tensor:
@@ -180,13 +183,13 @@ class EdgeGates(Gates):
 
         @contextmanager
         def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
-            end, hooks = self.units.end, [*norms, *outside]
+            end, hooks = self.units.end, [*outside]
             if len(self.units.channels):
                 hooks.append((end.hook, partial(left(end, opened, shares, 0.0), values[end])))
             gates = {
                 matrix: EdgeGate(left(matrix, opened, shares, 1.0), baselines[matrix]) for matrix in self.units.entries
             }
-            with self.model.hooks(fwd_hooks=hooks), self.model.gated_edges(gates):
+            with frozen_norms(self.model, scales), self.model.hooks(fwd_hooks=hooks), self.model.gated_edges(gates):
                 yield
 
         return block
