@@ -48,6 +48,8 @@ from sparse_interp.interventions.patching import Head as Head
 from sparse_interp.interventions.patching import Receiver as Receiver
 from sparse_interp.interventions.patching import patch_direct_paths as patch_direct_paths
 from sparse_interp.interventions.patching import receivers_of as receivers_of
+from sparse_interp.interventions.node_effects import PatchingTable as PatchingTable
+from sparse_interp.interventions.sweeps import patch_nodes as patch_nodes
 from sparse_interp.interventions.prune_config import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
@@ -62,6 +64,7 @@ from sparse_interp.circuit.publishing import publish_circuit as publish_circuit
 from sparse_interp.model.publishing import publish_model as publish_model
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
+from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view
 from sparse_interp.tokens import token_view as token_view
