@@ -175,3 +175,28 @@ def make_bridge(dense_script):
         return dense_script.bridge(shape, weights), weights
 
     return make
+
+
+# -- a model whose algorithm is known ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def truth():
+    """The hand-built quote model, its task and its key."""
+    from sparse_interp.faithfulness.ground_truth import ground_truth  # after the hook that checks annotations
+
+    return ground_truth("quote")
+
+
+@pytest.fixture(scope="session")
+def dense_truth(truth, dense_script):
+    """The quote model without sinks and with positions of zero, which a TransformerBridge can be too: ours, and one."""
+    from sparse_interp.model.transformer import HookedSparseTransformer
+
+    cfg = type(truth.model.cfg).from_dict(truth.model.cfg.to_dict() | {"sink": False, "positions": "add"})
+    ours = HookedSparseTransformer(cfg, truth.task.tokenizer).eval()
+    zeros = {"pos_embed.W_pos": torch.zeros(cfg.n_ctx, cfg.d_model)}
+    ours.load_state_dict({n: w for n, w in truth.model.state_dict().items() if not n.endswith("sink")} | zeros)
+    names = ("n_layers", "n_ctx", "d_model", "n_heads", "d_head", "d_mlp", "norm")
+    shape = dense_script.shape_of(cfg.d_vocab, act=cfg.act_fn, **{name: getattr(cfg, name) for name in names})
+    return ours, dense_script.bridge(shape, ours.state_dict(), truth.task.tokenizer)

@@ -116,13 +116,15 @@ def test_the_wires_of_a_hand_built_model_are_its_diagram(known):
 
 def test_sentences_of_a_hand_built_model_name_its_tokens_sources_and_targets(known):
     said = known.sentences
-    assert said.of("L0.neuron.0").startswith("Neuron 0 of layer 0 follows the token it stands at (100% of its variance)")
+    assert said.of("L0.neuron.0").startswith(
+        "Neuron 0 of layer 0 follows the token it stands at (100% of its variance)"
+    )
     assert "' (+1)" in said.of("L0.neuron.0") and '" (+1)' in said.of("L0.neuron.0")
     assert "' (+1)" in said.of("L0.neuron.2") and '"' not in said.of("L0.neuron.2")
     assert "goes to channel 7 as MLP 0 writes it (-1)" in said.of("L0.neuron.2")
     assert "' (-1)" in said.of("L1.v.0") and '" (+1)' in said.of("L1.v.0")
     assert "is driven by channel 6 as attention 1 reads it (+6, 100%)" in said.of("L1.k.0")
-    assert 'most those of " (+4) and \' (-4) per unit' in said.of("L2.final_read.8")
+    assert "most those of \" (+4) and ' (-4) per unit" in said.of("L2.final_read.8")
     assert len(said) == len(known.statistics) and not said.frame.sentence.str.contains("nan").any()
 
 
