@@ -15,6 +15,7 @@ An ablation is a `with` block: it never writes into a tensor that the model stil
 block does.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,20 +75,22 @@ def partial(m: Tensor, baseline: Tensor, r: Tensor | None = None) -> Callable:
 
 def hold(kept: Bool[Tensor, "*pos width"], values: Tensor, r: Tensor | None = None) -> Callable:
     """A forward hook under which channels outside `kept` hold `values`, or have a share `r` left; others are exact."""
+    return functools.partial(_held, kept, values, r)
 
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        channels = flat(activation)
-        if kept.ndim == 2 and len(kept) not in (1, channels.shape[1]):
-            raise CircuitError(
-                f"{hook.name}: what is kept is told for prompts of {len(kept)} tokens, and the run has "
-                f"{channels.shape[1]}; run prompts of that length."
-            )
-        held = fitting(values.to(channels), channels, hook)
-        if r is not None:
-            held = partly(channels, held, r.to(channels))
-        return torch.where(kept.to(channels.device), channels, held).view_as(activation)
 
-    return hook
+def _held(
+    kept: Bool[Tensor, "*pos width"], values: Tensor, r: Tensor | None, activation: Tensor, hook: HookPoint
+) -> Tensor:
+    channels = flat(activation)
+    if kept.ndim == 2 and len(kept) not in (1, channels.shape[1]):
+        raise CircuitError(
+            f"{hook.name}: what is kept is told for prompts of {len(kept)} tokens, and the run has "
+            f"{channels.shape[1]}; run prompts of that length."
+        )
+    held = fitting(values.to(channels), channels, hook)
+    if r is not None:
+        held = partly(channels, held, r.to(channels))
+    return torch.where(kept.to(channels.device), channels, held).view_as(activation)
 
 
 def fitting(values: Tensor, channels: Float[Tensor, "batch pos width"], hook: HookPoint) -> Tensor:
