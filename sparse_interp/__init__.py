@@ -56,6 +56,8 @@ from sparse_interp.circuit.find import find_circuit as find_circuit
 from sparse_interp.circuit.describe import describe as describe
 from sparse_interp.circuit.readings import read_heads as read_heads
 from sparse_interp.circuit.calibration import calibrate as calibrate
+from sparse_interp.circuit.search import CircuitSearch as CircuitSearch
+from sparse_interp.circuit.search import search_circuits as search_circuits
 from sparse_interp.circuit.payload import read_means as read_means
 from sparse_interp.circuit.payload import read_payload as read_payload
 from sparse_interp.circuit.released import released_circuit as released_circuit
