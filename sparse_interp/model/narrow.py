@@ -131,7 +131,7 @@ class NarrowAttention(nn.Module):
         seen, parts = self._seen(read.shape[1], mask, read.device), []
         if len(self.qkv):
             q, k, v = (part(read).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in self.qkv)
-            parts.append(sink_attention(q, k, v, self.sink, seen).transpose(1, 2).flatten(2))
+            parts.append(sink_attention(q, k, v, self.sink, seen).to(read.dtype).transpose(1, 2).flatten(2))
         if len(self.idle):
             n = torch.arange(1, read.shape[1] + 1, device=read.device)[None] if seen is None else seen.sum(-1)[:, 0]
             idle = torch.sigmoid(n.to(self.idle).log()[..., None] - self.idle)
