@@ -110,6 +110,7 @@ def sized(
         baseline,
         tau=search.tau,
         importance=importance,
+        n_pos=selection.n_pos,
         task_name=task.name,
         task_sha256=task.templates_sha256,
         tokenizer_sha256=tokenizer_hash(task.tokenizer),

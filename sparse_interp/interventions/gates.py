@@ -8,8 +8,8 @@ so on, and every row meets the gates of its own mask. Each mask draws from its o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_interp.interventions.ablation import partial
 from sparse_interp.interventions.answers import at_answers
 from sparse_interp.interventions.baselines import Baseline
-from sparse_interp.interventions.norms import frozen_norm_hooks
+from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import FwdHooks, HookedModel
 from sparse_interp.model.sites import (
@@ -199,15 +199,17 @@ class NodeGates(Gates):
         values = self.baseline
         if not isinstance(values, NodeValues):
             values = at_answers(values.on(self.model, rows), rows)
-        norms = frozen_norm_hooks(self.model, rows) if self.frozen_norms else []
+        scales = norm_scales(self.model, rows) if self.frozen_norms else {}
 
-        def block(opened: Mapping, shares: Mapping | None = None) -> AbstractContextManager:
-            found: FwdHooks = [*norms]
+        @contextmanager
+        def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
+            found: FwdHooks = []
             for place in places(self.cfg, self.sites):
                 m = per_row(self.per_node(place, opened[self.owner(place)]), counts)
                 r = None if shares is None else per_row(shares[place].unflatten(1, (self._rows(place), -1)), counts)
                 found.append((place.hook, partial(m, values[place], r)))
-            return self.model.hooks(fwd_hooks=found)
+            with frozen_norms(self.model, scales), self.model.hooks(fwd_hooks=found):
+                yield
 
         return block
 

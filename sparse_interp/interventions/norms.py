@@ -3,29 +3,32 @@
     norm(x)  =  x / s(x_full) * w        instead of  x / s(x) * w; LayerNorm still centres x itself
 
 A node that is ablated otherwise changes every other one through the norm. Frozen scales make circuits much larger and
-only sometimes more faithful (Drori 2026); with nothing ablated they change nothing, to the last digit.
+only sometimes more faithful (Drori 2026). With nothing ablated they change nothing: in our models to the last digit, in
+a TransformerBridge, which computes an edited norm in other steps, up to rounding.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.interventions.answers import answer_logits
-from sparse_interp.model.dense import FwdHooks, HookedModel
+from sparse_interp.model.dense import HookedModel
 from sparse_interp.model.sites import FINAL_SCALE_HOOK, SCALE_HOOKS
 from sparse_interp.tasks.task import TaskBatch
 
+NormScales = Mapping[str, Tensor]
+"""By hook point what norms divide by, [batch pos 1]; the last norm's at the answer position alone."""
+
 
 @torch.no_grad()
-def frozen_norm_hooks(model: HookedModel, batch: TaskBatch) -> FwdHooks:
-    """Hooks under which `answer_logits` on `batch` divides by the scales that it finds without them.
-
-    They are of this batch and this order of prompts; hooks that are on the model already take part in the run.
-    """
+def norm_scales(model: HookedModel, batch: TaskBatch) -> NormScales:
+    """What norms divide by in a run of `answer_logits` on `batch`, with whatever hooks are on the model."""
     if model.cfg.norm == "none":
-        return []
+        return {}
     scales: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable:
@@ -34,13 +37,22 @@ def frozen_norm_hooks(model: HookedModel, batch: TaskBatch) -> FwdHooks:
 
         return hook
 
-    def hold(name: str) -> Callable:
-        def hook(scale: Tensor, hook: HookPoint) -> Tensor:
-            return scales[name]
-
-        return hook
-
     names = [hook.format(layer=layer) for layer in range(model.cfg.n_layers) for hook in SCALE_HOOKS]
     with model.hooks(fwd_hooks=[(name, note(name)) for name in (*names, FINAL_SCALE_HOOK)]):
         answer_logits(model, batch)
-    return [(name, hold(name)) for name in scales]
+    return scales
+
+
+@contextmanager
+def frozen_norms(model: HookedModel, scales: NormScales) -> Iterator[None]:
+    """Inside the block norms divide by `scales`, in runs of `answer_logits` on the prompts that these are of."""
+
+    def hold(scale: Tensor) -> Callable:
+        def hook(own: Tensor, hook: HookPoint) -> Tensor:
+            return scale
+
+        return hook
+
+    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(name, hold(scale)) for name, scale in scales.items()]):
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        yield

@@ -6,6 +6,7 @@ outside a candidate is ablated fully, to whatever baseline the search has.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,9 @@ from sparse_interp.interventions.answers import (
     stream_at,
 )
 from sparse_interp.interventions.baselines import Baseline
-from sparse_interp.interventions.norms import frozen_norm_hooks
+from sparse_interp.interventions.norms import NormScales, frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.model.dense import FwdHooks, HookedModel
+from sparse_interp.model.dense import HookedModel
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence, logit_difference_error
@@ -69,7 +70,7 @@ class _Chunk:
     batch: TaskBatch
     reference: AnswerLogits
     values: Values
-    norms: FwdHooks
+    scales: NormScales
 
 
 class Selection:
@@ -122,7 +123,7 @@ class Selection:
         with evaluating(self.model):
             for rows in order.split(AT_ONCE):
                 chunk = self._chunk(rows)
-                with self.model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(kept, chunk.values)]):
+                with self._holding(kept, chunk):
                     parts.append(answer_logits(self.model, chunk.batch))
         return torch.cat(parts)[order.argsort()]
 
@@ -130,8 +131,14 @@ class Selection:
         batch, values = self.batch.rows(rows), self.baseline
         if not isinstance(values, NodeValues):
             values = at_answers(values.on(self.model, batch), batch)
-        norms = frozen_norm_hooks(self.model, batch) if self.frozen_norms else []
-        return _Chunk(batch, self.reference[rows], values, norms)
+        scales = norm_scales(self.model, batch) if self.frozen_norms else {}
+        return _Chunk(batch, self.reference[rows], values, scales)
+
+    @contextmanager
+    def _holding(self, kept: Masks, chunk: _Chunk) -> Iterator[None]:
+        """Inside the block nodes outside `kept` are ablated, for the prompts of one chunk."""
+        with frozen_norms(self.model, chunk.scales), self.model.hooks(fwd_hooks=holding_hooks(kept, chunk.values)):
+            yield
 
     @torch.no_grad()
     def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int) -> Iterator[float]:
@@ -145,11 +152,11 @@ class Selection:
         rows = rows[self.batch.lengths[rows.to(self.batch.lengths.device)].cpu().argsort(stable=True)]
 
         def run(candidate: Masks, chunk: _Chunk, resid: Resid | None, layer: int) -> AnswerLogits:
-            with model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(candidate, chunk.values)]):
+            with self._holding(candidate, chunk):
                 return answer_logits(model, chunk.batch, resid, layer)
 
         def stream(chunk: _Chunk, layer: int) -> Resid | None:
-            with model.hooks(fwd_hooks=[*chunk.norms, *holding_hooks(kept, chunk.values)]):
+            with self._holding(kept, chunk):
                 return stream_at(model, chunk.batch, layer) if layer else None
 
         def kl(candidate: Masks, streams: Sequence[Resid | None], layer: int) -> float:
