@@ -146,6 +146,8 @@ class CircuitCompaction:
     sites: tuple[str, ...]
     kept: Masks
     check_model: Callable[[AnyModel], None]
+    check_all_positions: Callable[[str], None]
+    check_all_positions: Callable[[str], None]
     cut_edges: Callable[[AnyModel], EdgeMasks]
 
     def compact(self, model: AnyModel) -> CompactCircuit:
@@ -156,7 +158,8 @@ class CircuitCompaction:
         magnitudes at the edge of AbsTopK are as close as that. Keep the circuit's file, and make it anew from there.
 
         Raises:
-            CircuitError: if the model has another shape or other weights, or is one of TransformerLens' classes.
+            CircuitError: if the model has another shape or other weights, or is one of TransformerLens' classes; or if
+                the circuit keeps nodes at some positions only.
         """
         own = hooked(model)
         if not isinstance(own, HookedSparseTransformer):
@@ -165,6 +168,7 @@ class CircuitCompaction:
                 "are made compact; circuit.running(model) gives the same logits."
             )
         self.check_model(own)
+        self.check_all_positions("a compact model")
         return _Folding(self, own).result()
 
 

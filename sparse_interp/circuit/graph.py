@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 
 from sparse_interp.circuit.compact import CircuitCompaction
+from sparse_interp.circuit.exports import CircuitExports
 from sparse_interp.circuit.files import EDGE_TYPES, CircuitFiles
 from sparse_interp.circuit.pictures import CircuitPictures
 from sparse_interp.errors import CircuitError
@@ -84,7 +85,7 @@ class EdgeDiff(Table):
 
 
 @dataclass(frozen=True, eq=False)
-class Circuit(CircuitFiles, CircuitPictures, CircuitCompaction):
+class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction):
     """A set of nodes of one model, for one task, with what everything outside it is held at."""
 
     nodes: pd.DataFrame
