@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparse_interp.axes import PerPrompt, Tokens
+from sparse_interp.axes import PerPrompt, Resid, Tokens
 from sparse_interp.errors import CircuitError, ConfigError, TaskError
 from sparse_interp.interventions.answers import AnswerLogits
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -202,6 +202,19 @@ class Question:
     def seen(self) -> Int[Tensor, "batch pos"] | None:
         """The attention mask that runs need: none in a causal model, where padding on the right is behind all."""
         return None if self.model.cfg.attention_dir == "causal" else self.mask.long()
+
+    def unembedded(self, tokens: Tokens, stream: Resid, last: Int[Tensor, " batch"]) -> AnswerLogits:
+        """Logits at position `last` of each row of a stream that left the last block."""
+        rows = torch.arange(len(stream), device=stream.device)
+        here = {"tokens": tokens[rows, last][:, None], "start_at_layer": self.model.cfg.n_layers}
+        return self.model(stream[rows, last][:, None], **here)[:, 0]
+
+    def spread(self, at_answers: Float[Tensor, "batch 1 width"]) -> Float[Tensor, "batch pos width"]:
+        """Values known at answer positions alone, with zeros elsewhere."""
+        n, _, size = at_answers.shape
+        everywhere = at_answers.new_zeros(n, self.n_pos, size)
+        everywhere[torch.arange(n, device=at_answers.device), self.batch.last] = at_answers[:, 0]
+        return everywhere
 
     def everywhere(self, tokens: Tokens, rows: Int[Tensor, " row"]) -> Float[Tensor, "row pos d_vocab"]:
         """Logits of some prompts at every position, as wide as the batch."""

@@ -114,7 +114,7 @@ class _Sweep:
         self.asked, self.model, self.cfg = question, question.model, question.model.cfg
         ours = isinstance(self.model, HookedSparseTransformer)
         points = (self.model if ours else self.model.tl).hook_dict.values()
-        self.overheard = heard(*points)
+        self.overheard = heard(*points) or (ours and _gated(self.model))
         self.resumable = ours and self.cfg.attention_dir == "causal" and not self.overheard
         self.budget = _Budget(question, budget_bytes, self.resumable)
         self.budget.measure(self._trial, only=len(question) if self.overheard else None)
@@ -171,19 +171,13 @@ class _Sweep:
         for rows in self._parts():
             with self.model.hooks(hooks):
                 stream = self._between(tokens[rows], rows, stop_at_layer=self.cfg.n_layers)
-            logits.append(self._unembedded(tokens[rows], stream, self.asked.batch.last[rows]))
+            logits.append(self.asked.unembedded(tokens[rows], stream, self.asked.batch.last[rows]))
         self.past |= {place: torch.cat(kept.pop(place)) for place in list(kept)}
         return torch.cat(logits)
 
     def _between(self, given: Tensor, rows: Int[Tensor, " row"], **where: Any) -> Resid:
         seen = None if self.asked.seen is None else self.asked.seen[rows]
         return self.model(given, attention_mask=seen, **where)
-
-    def _unembedded(self, tokens: Tokens, stream: Resid, last: Int[Tensor, " batch"]) -> AnswerLogits:
-        """Logits at position `last` of each row of a stream that left the last block."""
-        rows = torch.arange(len(stream), device=stream.device)
-        here = {"tokens": tokens[rows, last][:, None], "start_at_layer": self.cfg.n_layers}
-        return self.model(stream[rows, last][:, None], **here)[:, 0]
 
     def _number(self, tokens: Tokens, answers: AnswerLogits) -> PerPrompt:
         everyone = torch.arange(len(self.asked), device=self.asked.device)
@@ -206,20 +200,13 @@ class _Sweep:
                     where = {"tokens": tokens[rows], "start_at_layer": layer, "stop_at_layer": layer + 1}
                     streams.append(self._between(stream[rows], rows, **where))
                 elif self.reading.answers_alone:
-                    self._unembedded(tokens[rows], stream[rows], self.asked.batch.last[rows])
+                    self.asked.unembedded(tokens[rows], stream[rows], self.asked.batch.last[rows])
                 else:
                     self.model(stream[rows], tokens=tokens[rows], start_at_layer=layer)
         values = {place: flat(torch.cat(seen.pop(place))) for place in here}
         if layer == self.cfg.n_layers and self.reading.answers_alone:
-            values = {place: self._spread(found) for place, found in values.items()}
+            values = {place: self.asked.spread(found) for place, found in values.items()}
         return (torch.cat(streams) if streams else stream), values
-
-    def _spread(self, at_answers: Float[Tensor, "batch 1 width"]) -> Values:
-        """Values known at answer positions alone, with zeros elsewhere."""
-        n, _, size = at_answers.shape
-        everywhere = at_answers.new_zeros(n, self.asked.n_pos, size)
-        everywhere[torch.arange(n, device=at_answers.device), self.asked.batch.last] = at_answers[:, 0]
-        return everywhere
 
     # -- one place ----------------------------------------------------------------------------------------------------
 
@@ -309,7 +296,7 @@ class _Sweep:
                 past = {"past_kv_cache": self._past(rows.prompt, start, place.layer)} if self.resumable else {}
                 stream = self.model(stream, tokens=tokens, attention_mask=seen, **where, **past)
             if self.reading.answers_alone:
-                return self._unembedded(tokens, stream, last - start)
+                return self.asked.unembedded(tokens, stream, last - start)
             return self.asked.widened(self.model(stream, tokens=tokens, start_at_layer=self.cfg.n_layers))
 
     def _past(
@@ -328,6 +315,11 @@ class _Sweep:
             entry.past_keys, entry.past_values = (self.past[Place(later, s.name)][index] for s in (K, V))
         cache.freeze()
         return cache
+
+
+def _gated(model: HookedSparseTransformer) -> bool:
+    """Whether edges are gated: their baselines may be of prompts and positions too."""
+    return any(any(part.edge_gates.values()) for block in model.layers for part in (block.attn, block.mlp))
 
 
 def _noting(seen: list[Tensor]) -> Callable:

@@ -316,6 +316,29 @@ def test_a_progress_bar_ends_at_the_end_and_says_how_long_is_left(plain_model, b
     assert capsys.readouterr().err == ""
 
 
+# -- TransformerLens' own ---------------------------------------------------------------------------------------------
+
+
+def test_transformer_lens_patches_the_same_channels_one_by_one(plain_model, batch):
+    """Its sweep takes a setter of ours, which puts one channel of one position: right under AbsTopK, a run for each."""
+    patching = pytest.importorskip("transformer_lens.patching")
+    whole = TaskBatch(**{**vars(batch), "lengths": torch.full((3,), 6)})
+    cache = plain_model.run_with_cache(whole.clean)[1]
+    for name, site in (("mlp_out", "mlp_write"), ("post", "neuron"), ("k", "k")):
+        nodes = [Node(layer, site, channel) for layer in range(2) for channel in (1, 8)]
+        ours = patch_nodes(plain_model, whole, nodes=nodes, positions=[2, 5], progress=False).frame
+
+        def put(corrupt, index, clean):
+            _, pos, channel = index
+            flat(corrupt)[:, pos, channel] = flat(clean)[:, pos, channel]
+            return corrupt
+
+        metric = lambda logits: logit_difference(logits, whole).mean()
+        index = ours[["layer", "pos", "channel"]].rename(columns={"channel": "head"})
+        theirs = patching.generic_activation_patch(plain_model, whole.corrupt, cache, metric, put, name, index_df=index)
+        assert ours.metric.to_list() == pytest.approx(theirs.tolist(), abs=1e-5)
+
+
 # -- dense models of TransformerLens -----------------------------------------------------------------------------------
 
 
