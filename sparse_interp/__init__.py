@@ -50,6 +50,8 @@ from sparse_interp.interventions.patching import patch_direct_paths as patch_dir
 from sparse_interp.interventions.patching import receivers_of as receivers_of
 from sparse_interp.interventions.node_effects import PatchingTable as PatchingTable
 from sparse_interp.interventions.sweeps import patch_nodes as patch_nodes
+from sparse_interp.interventions.attribution import attribute_edges as attribute_edges
+from sparse_interp.interventions.attribution import attribute_nodes as attribute_nodes
 from sparse_interp.interventions.prune_config import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
