@@ -50,7 +50,7 @@ from sparse_interp.model.load_report import LoadReport
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
-from sparse_interp.results import Table, save_figure
+from sparse_interp.results import Table, save_figure, write_whole
 from sparse_interp.tasks.library import load_task
 from sparse_interp.tasks.library import tasks as task_table
 from sparse_interp.tasks.survey import score_tasks
@@ -68,6 +68,9 @@ TEXT = "text"
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 CIRCUIT = "circuit.json"
+
+EXPORTS = {"graphml": ".graphml", "json": ".graph.json", "dot": ".dot", "mib": ".mib.json"}
+"""Formats of other tools, and how files in them end."""
 
 PUBLISHED_MEANS = "mean_baseline_pretrain.pt"
 
@@ -330,6 +333,24 @@ def show(
         table = None
     _draw(found, network, prompts, name, table, circuit.parent, seed)
     print(circuit.parent / "circuit.html")
+
+
+@app.command()
+def export(
+    circuit: Annotated[Path, Argument(help="A circuit file, as `find` writes it.")],
+    form: Annotated[str, Option("--format", help=f"{', '.join(EXPORTS)}; json is node-link, mib what EAP-IG reads.")],
+    out: Annotated[Path | None, Option(help="File to write; beside the circuit if none is named.")] = None,
+) -> None:
+    """Write CIRCUIT for another tool; no model is needed."""
+    if form not in EXPORTS:
+        raise CircuitError(f"--format {form}; choose one of {', '.join(EXPORTS)}.")
+    found = Circuit.load(circuit)
+    out = circuit.with_suffix(EXPORTS[form]) if out is None else out
+    if form == "dot":
+        write_whole(out, found.to_dot())
+    else:
+        {"graphml": found.to_graphml, "json": found.to_node_link, "mib": found.to_mib}[form](out)
+    print(out)
 
 
 @app.command()
