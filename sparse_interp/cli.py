@@ -39,15 +39,19 @@ from sparse_interp.circuit.released import (
     replay,
 )
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
+from sparse_interp.faithfulness.adversarial import AdversarialTable, adversarial_inputs
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
 from sparse_interp.figures import audit_figure, search_figure
+from sparse_interp.interventions.attribution import METHODS, attribute_nodes
 from sparse_interp.interventions.baselines import mean_activations
+from sparse_interp.interventions.node_effects import PatchingTable
 from sparse_interp.interventions.pruning import PruneConfig
+from sparse_interp.interventions.sweeps import BUDGET_BYTES, patch_nodes
 from sparse_interp.model import zoo
 from sparse_interp.model.checkpoint import MEANS, bundled_tokenizer, weights_sha256
 from sparse_interp.model.load_report import LoadReport
-from sparse_interp.model.sites import NodeValues
+from sparse_interp.model.sites import NODE_SITES, NodeValues
 from sparse_interp.model.transformer import HookedSparseTransformer, load
 from sparse_interp.report import report
 from sparse_interp.results import Table, save_figure, write_whole
@@ -302,6 +306,65 @@ def find(
 
 
 @app.command()
+def patch(
+    model: Annotated[str, Option(help="A bundled model's name, or a model's folder.")],
+    task: Annotated[str, Option(help="A task's name.")],
+    out: Annotated[
+        Path, Option(help="Folder for nodes.csv and nodes.png; with --estimate for estimate.* and ranks.csv too.")
+    ],
+    sites: Annotated[str, Option(help=f"Sites whose nodes are patched, by commas, of {', '.join(NODE_SITES)}.")] = "",
+    positions: Annotated[
+        str, Option(help="each, or positions by commas, negative from the end; else all at once.")
+    ] = "",
+    noising: Annotated[
+        bool, Option("--noising", help="Corrupt values in the clean run, not clean in the corrupt.")
+    ] = False,
+    estimate: Annotated[str | None, Option(help=f"Estimate too, and compare: {', '.join(METHODS)}.")] = None,
+    prompts: Annotated[int, Option(help="Pairs of prompts, of the test split.")] = 64,
+    budget: Annotated[int, Option(help="Memory for the sweep besides the model, MB.")] = BUDGET_BYTES // 10**6,
+    seed: Annotated[int, Option(help="Seed of the prompts.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Patch every node of a model alone, exactly, and say what that does to the logit difference of a task."""
+    network, its_task = _model_and_task(model, task, threads)
+    batch = its_task.batch(prompts, split="test", generator=torch.Generator().manual_seed(seed))
+    asked = {
+        "sites": tuple(sites.split(",")) if sites else NODE_SITES,
+        "positions": _positions(positions),
+        "direction": "noising" if noising else "denoising",
+    }
+    _claim(out)
+    tables: dict[str, Table] = {}
+    if estimate is not None:
+        tables["estimate"] = attribute_nodes(network, batch, method=estimate, **asked)
+    exact = tables["nodes"] = patch_nodes(network, batch, budget_bytes=budget * 10**6, **asked)
+    if isinstance(estimated := tables.get("estimate"), PatchingTable):
+        tables["ranks"] = exact.rank_correlation(estimated)
+    for name, table in tables.items():
+        table.save(out / f"{name}.csv")
+        if isinstance(table, PatchingTable):
+            save_figure(table.plot(), out / f"{name}.png")
+    strongest = Table(exact.frame.sort_values("effect", key=abs, ascending=False, kind="stable").head(20))
+    shown = {"strongest": strongest} | {name: table for name, table in tables.items() if name == "ranks"}
+    if as_json:
+        rows = {name: json.loads(table.frame.to_json(orient="records")) for name, table in shown.items()}
+        print(json.dumps({"table": str(out / "nodes.csv"), "n_rows": len(exact)} | rows, indent=1))
+    else:
+        print("\n\n".join([f"{out / 'nodes.csv'}: {len(exact):,} rows; the strongest:", *map(str, shown.values())]))
+
+
+def _positions(text: str) -> str | list[int] | None:
+    """What `patch_nodes` takes, from what the user typed."""
+    if text in ("", "each"):
+        return text or None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--positions {text}: expected each, or whole numbers separated by commas.") from error
+
+
+@app.command()
 def audit(
     circuit: Annotated[Path, Argument(help="A circuit file, as `find` writes it.")],
     model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
@@ -333,6 +396,34 @@ def show(
         table = None
     _draw(found, network, prompts, name, table, circuit.parent, seed)
     print(circuit.parent / "circuit.html")
+
+
+@app.command("describe")
+def describe_circuit(
+    circuit: Annotated[Path, Argument(help="A circuit file, as `find` writes it.")],
+    model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
+    seed: Annotated[int, Option(help="Seed of prompts, inserted tokens and intervals.")] = 3,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the nodes and heads of CIRCUIT do, and try prompts on which its model should then fail.
+
+    Writes sentences.csv, heads.csv and adversarial.csv beside it.
+    """
+    found, network, prompts, name = _with_its_model(circuit, model, threads)
+    blocks = zoo.validation_blocks(name)[:CONTEXT_BLOCKS]
+    batch = prompts.batch(64, split="train", generator=torch.Generator().manual_seed(seed))
+    known = describe(found, network, blocks, batch, progress=True)
+    table = _tried(found, network, prompts, circuit.parent, seed)
+    known.sentences.save(circuit.parent / "sentences.csv")
+    assert table.reading is not None
+    if as_json:
+        parts = {"heads": table.reading.heads, "nodes": known.sentences, "adversarial": table}
+        print(
+            json.dumps({key: json.loads(part.frame.to_json(orient="records")) for key, part in parts.items()}, indent=1)
+        )
+        return
+    print("\n".join([*table.reading.heads.frame.sentence, "", *known.sentences.frame.sentence, "", table.summary]))
 
 
 @app.command()
@@ -441,8 +532,8 @@ def demo_run(
 ) -> None:
     """Find a real circuit of a real model, audit it, draw it, and say in words what was found.
 
-    Leaves circuit.json and its tensors, nodes.csv, edges.csv, audit.csv, audit.json, circuit.html, circuit.png and
-    report.md in the folder; what an earlier demo left there is replaced.
+    Leaves circuit.json and its tensors, nodes.csv, edges.csv, audit.csv, audit.json, sentences.csv, heads.csv,
+    adversarial.csv, circuit.html, circuit.png and report.md in the folder; what an earlier demo left there is replaced.
     """
     began = time.monotonic()
     network, prompts = _model_and_task(model, task, threads)
@@ -455,13 +546,16 @@ def demo_run(
         table.save(folder / "audit.csv")
         table.to_json(folder / "audit.json")
         known = _draw(circuit, network, prompts, model, table, folder, seed + 2)
+        known.sentences.save(folder / "sentences.csv")
+        tried = _tried(circuit, network, prompts, folder, seed + 3)
         commands = [
             f"sparse-interp find {model} {task} --out {out} --seed {seed}",
             f"sparse-interp audit {out / CIRCUIT} --seed {seed + 1}",
             f"sparse-interp show {out / CIRCUIT} --seed {seed + 2}",
+            f"sparse-interp describe {out / CIRCUIT} --seed {seed + 3}",
         ]
         drawn = torch.Generator().manual_seed(seed + 3)
-        text = report(network, circuit, table, prompts, known, commands=commands, generator=drawn)
+        text = report(network, circuit, table, prompts, known, tried, commands=commands, generator=drawn)
         (folder / "report.md").write_text(text, encoding="utf-8")
     print(f"{circuit}\n{table.verdict}\n{out / 'report.md'}\n{out / 'circuit.html'}")
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
@@ -549,6 +643,17 @@ def _draw(
     circuit.to_html(folder / "circuit.html", page(circuit, network, batch, known, judged))
     save_figure(circuit.plot(tokens=token_wires(network, circuit, batch)), folder / "circuit.png")
     return known
+
+
+def _tried(
+    circuit: Circuit, network: HookedSparseTransformer, prompts: Task, folder: Path, seed: int
+) -> AdversarialTable:
+    """heads.csv and adversarial.csv in `folder`."""
+    table = adversarial_inputs(network, circuit, prompts, generator=torch.Generator().manual_seed(seed))
+    assert table.reading is not None
+    table.reading.heads.save(folder / "heads.csv")
+    table.save(folder / "adversarial.csv")
+    return table
 
 
 def _claim(out: Path) -> None:

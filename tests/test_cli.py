@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -290,6 +291,34 @@ def test_tasks_are_listed_and_put_to_a_model(command, whole_model):
     assert code == 0 and out.count("with_as") == 3 and f"{rows[0]['loss_nats']:.3g} [" in out
 
 
+@pytest.mark.parametrize(("form", "name", "says"), [
+    ("graphml", "circuit.graphml", "<graphml"), ("json", "circuit.graph.json", '"directed": true'),
+    ("dot", "circuit.dot", "digraph "), ("mib", "circuit.mib.json", '"input->a0.h0<q>"'),
+])  # fmt: skip
+def test_a_circuit_is_exported_without_its_model(command, circuit_file, tmp_path, form, name, says):
+    code, out, _ = command("export", circuit_file, "--format", form)
+    assert code == 0 and out.strip() == str(circuit_file.with_name(name))
+    text = circuit_file.with_name(name).read_text()
+    assert says in text
+    assert command("export", circuit_file, "--format", form, "--out", tmp_path / "there")[0] == 0
+    assert (tmp_path / "there").read_text() == text
+
+
+def test_a_format_that_nobody_reads_is_refused(command, circuit_file):
+    code, _, err = command("export", circuit_file, "--format", "gml")
+    assert code == 2 and "--format gml; choose one of graphml, json, dot, mib." in err
+
+
+def test_a_circuit_is_described_in_sentences_and_tables(command, circuit_file):
+    code, out, _ = command("describe", circuit_file)
+    assert code == 0 and "Neuron 2 of layer 0 " in out and "None suggested: " in out
+    code, out, _ = command("describe", circuit_file, "--json")
+    said = json.loads(out)
+    assert code == 0 and [row["node"] for row in said["nodes"]] == ["L0.mlp_read.1", "L0.neuron.2"]
+    assert said["heads"] == said["adversarial"] == []
+    assert {"sentences.csv", "heads.csv", "adversarial.csv"} < {path.name for path in circuit_file.parent.iterdir()}
+
+
 def cut_short(folder: Path) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -507,3 +536,38 @@ def test_a_released_circuit_that_is_not_there_or_damaged_is_refused(command, sto
     path.write_bytes(bytes(raw))
     code, out, err = command("released", "openai/dense1_1x", "quote")
     assert (code, out) == (2, "") and "viz_data.pt is damaged" in err
+
+
+# -- patch ------------------------------------------------------------------------------------------------------------
+
+
+def test_patch_writes_its_tables_and_figures_and_says_the_strongest(command, whole_model, tmp_path):
+    asked = ["--model", whole_model, "--task", TASK, "--prompts", 4, "--sites", "q,neuron", "--out", tmp_path / "out"]
+    code, out, err = command("patch", *asked, "--estimate", "gradient", "--positions", "1,-1", "--json")
+    assert code == 0, err
+    said, frame = json.loads(out), pd.read_csv(tmp_path / "out" / "nodes.csv")
+    assert said["n_rows"] == len(frame) == 2 * 16 and list(frame.pos.unique()) == [1, -1]
+    assert set(frame.site) == {"q", "neuron"} and "patching nodes: 100%" in err
+    assert [row["site"] for row in said["ranks"]] == ["q", "neuron", "all"]
+    effects = [abs(row["effect"]) for row in said["strongest"]]
+    assert effects == sorted(effects, reverse=True) and effects[0] == pytest.approx(frame.effect.abs().max())
+    names = {"nodes.csv", "nodes.png", "estimate.csv", "estimate.png", "ranks.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    code, out, _ = command("patch", *asked, "--noising")
+    assert code == 0 and "nodes.csv: 16 rows; the strongest:" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--sites", "z"], "sites=('z',): expected some of attn_read"),
+        (["--positions", "last"], "expected each, or whole numbers separated by commas"),
+        (["--positions", "99"], "positions=[99]: expected numbers from"),
+        (["--estimate", "guess"], "method='guess'"),
+        (["--budget", "0"], "budget_bytes=0: to patch one node"),
+    ],
+)
+def test_patch_refuses_what_it_cannot_do_in_one_message(command, whole_model, tmp_path, option, words):
+    code, out, err = command("patch", "--model", whole_model, "--task", TASK, "--out", tmp_path / "out", *option)
+    assert code == 2 and out == "" and words in " ".join(err.replace("│", " ").split())
+    assert not list((tmp_path / "out").glob("*"))
