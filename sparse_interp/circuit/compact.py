@@ -147,7 +147,6 @@ class CircuitCompaction:
     kept: Masks
     check_model: Callable[[AnyModel], None]
     check_all_positions: Callable[[str], None]
-    check_all_positions: Callable[[str], None]
     cut_edges: Callable[[AnyModel], EdgeMasks]
 
     def compact(self, model: AnyModel) -> CompactCircuit:

@@ -9,7 +9,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, TokenizerError
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.edges import edges_among
-from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, masks, places, width
+from sparse_interp.model.sites import NODE_SITES, Node, NodeAt, NodeValues, masks, places, width
 
 MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [1] * 5 + [0] * 2])
 SHARES = (1.0, 0.6, 0.3, 0.1, 0.0)
@@ -226,6 +226,13 @@ def test_another_model_or_one_of_another_class_is_refused(sparse, some_nodes, ma
     dense = Circuit.of_nodes(bridge, [], zero_values(bridge))
     with pytest.raises(CircuitError, match=r"a model of TransformerLens.*circuit\.running\(model\)"):
         dense.compact(bridge)
+
+
+def test_a_circuit_that_keeps_nodes_at_some_positions_is_refused(plain_model):
+    spots = [NodeAt(0, "neuron", 1, 2)]
+    circuit = Circuit.of_nodes(plain_model, spots, zero_values(plain_model), n_pos=4)
+    with pytest.raises(CircuitError, match="a compact model is for nodes at all positions"):
+        circuit.compact(plain_model)
 
 
 def test_half_precision_gives_float32_logits(sparse, some_nodes, tokens):
