@@ -66,6 +66,8 @@ from sparse_interp.circuit.released import released_circuit as released_circuit
 from sparse_interp.circuit.released import replay as replay
 from sparse_interp.circuit.publishing import publish_circuit as publish_circuit
 from sparse_interp.model.publishing import publish_model as publish_model
+from sparse_interp.faithfulness.rivals import Rivals as Rivals
+from sparse_interp.faithfulness.rivals import rivals as rivals
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs

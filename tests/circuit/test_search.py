@@ -20,7 +20,7 @@ from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.prune_config import PruneConfig
 
 BASE = PruneConfig(n_train=8, n_selection=4, n_steps=2, batch_size=4)
-QUICK = replace(BASE, n_train=24, n_selection=12, n_steps=15, batch_size=8, sites=("neuron", "attn_write"))
+QUICK = replace(BASE, n_train=16, n_selection=8, n_steps=5, batch_size=8, sites=("neuron", "attn_write"))
 
 
 class Killed(BaseException):
@@ -103,8 +103,8 @@ def test_the_smallest_circuit_comes_with_its_settings_and_the_budget(searched, l
 
 
 def test_proposals_follow_what_was_found(searched, landscape):
-    frame = searched(n_trials=60).frame
-    assert frame.n_nodes[40:].mean() < 0.7 * frame.n_nodes[:10].mean()
+    frame = searched(n_trials=30).frame
+    assert frame.n_nodes[20:].mean() < 0.7 * frame.n_nodes[:10].mean()
 
 
 def test_the_same_seed_makes_the_same_search_and_another_one_another(searched, landscape):
