@@ -11,12 +11,13 @@ import torch
 
 from sparse_interp.circuit.describe import Description, main_path, token_wires
 from sparse_interp.circuit.graph import Circuit
+from sparse_interp.faithfulness.adversarial import AdversarialTable
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.model.dense import AnyModel
 from sparse_interp.tasks.task import Task, TaskBatch
 
-N_PAIRS, N_NODES, N_TOKENS = 4, 12, 3
-"""Example pairs, most needed nodes, and tokens per node that a report shows."""
+N_PAIRS, N_NODES, N_TOKENS, N_SAID, N_HEADS = 4, 12, 3, 5, 4
+"""Example pairs, most needed nodes, tokens per node, nodes in words and heads in words that a report shows."""
 
 
 def report(
@@ -25,11 +26,12 @@ def report(
     audit: AuditTable,
     task: Task,
     known: Description,
+    adversarial: AdversarialTable,
     *,
     commands: Sequence[str],
     generator: torch.Generator,
 ) -> str:
-    """Markdown: model, behaviour, circuit, audit and nodes, and the `commands` that reproduce it all."""
+    """Markdown: model, behaviour, circuit, nodes, heads and audit, and the `commands` that reproduce it all."""
     pairs = task.batch(64, split="test", generator=generator)
     parts = [
         f"# The circuit of {circuit.model_name} for {task.name}",
@@ -46,6 +48,9 @@ def report(
         _path(model, circuit, pairs),
         f"The {min(N_NODES, circuit.n_nodes)} nodes whose knock-out costs most (growth of KL(model || circuit), nats):",
         _markdown(_needed(circuit, known)),
+        "In words, on held-out text (shares of variance; what drives a node by weight times spread):",
+        _listed(known.sentences.of(node) for node in _most_needed(known, N_SAID).node),
+        *_heads(adversarial),
         "## The audit, row by row",
         _markdown(_audit_rows(audit)),
         "## To get this again",
@@ -112,9 +117,8 @@ def _path(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> str:
 
 def _needed(circuit: Circuit, known: Description) -> pd.DataFrame:
     """The most needed nodes with what is known of each."""
-    top = known.statistics.frame.sort_values("importance_nats", ascending=False).head(N_NODES)
     rows = []
-    for row in top.itertuples():
+    for row in _most_needed(known, N_NODES).itertuples():
         writes = known.effects.of(row.node).frame
         contexts = known.contexts.frame
         seen = contexts[(contexts.node == row.node) & (contexts.source == "text")]
@@ -129,6 +133,35 @@ def _needed(circuit: Circuit, known: Description) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _most_needed(known: Description, n: int) -> pd.DataFrame:
+    return known.statistics.frame.sort_values("importance_nats", ascending=False).head(n)
+
+
+def _heads(adversarial: AdversarialTable) -> list[str]:
+    """What the heads do that are needed most, and the prompts that this suggests."""
+    parts = []
+    if adversarial.reading is not None and len(adversarial.reading.heads):
+        frame = adversarial.reading.heads.frame
+        parts += [
+            "## What its heads do",
+            f"The {min(N_HEADS, len(frame))} of {len(frame)} heads that the circuit needs most, on the task's prompts:",
+            _listed(frame.sentence.head(N_HEADS)),
+        ]
+    parts += ["## Prompts on which it should then fail", _escaped(adversarial.summary)]
+    if not len(adversarial):
+        return parts
+    shown = ["rule", "heads", "on", "accuracy_before", "accuracy", "accuracy_control", "accuracy_low", "accuracy_high",
+             "logits_before", "logits", "logits_control", "outcome"]  # fmt: skip
+    examples = adversarial.frame.drop_duplicates(["rule", "heads"])
+    lines = [f"{row.rule}: {row.example!r}" for row in examples.itertuples()]
+    said = "The circuit is the prediction, the model the test. One edited prompt of each:"
+    return [*parts, _markdown(adversarial.frame[shown].round(3)), said, _listed(lines)]
+
+
+def _listed(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {_escaped(sentence)}" for sentence in sentences)
 
 
 def _tokens(tokens: Iterable[str]) -> str:

@@ -309,10 +309,11 @@ def test_a_format_that_nobody_reads_is_refused(command, circuit_file):
     assert code == 2 and "--format gml; choose one of graphml, json, dot, mib." in err
 
 
-def test_a_circuit_is_described_in_sentences_and_tables(command, circuit_file):
-    code, out, _ = command("describe", circuit_file)
-    assert code == 0 and "Neuron 2 of layer 0 " in out and "None suggested: " in out
-    code, out, _ = command("describe", circuit_file, "--json")
+def test_a_circuit_is_described_in_sentences_and_tables(command, circuit_file, whole_model):
+    code, out, err = command("describe", circuit_file, "--model", whole_model)
+    assert code == 0, err
+    assert "Neuron 2 of layer 0 " in out and "None suggested: " in out
+    code, out, _ = command("describe", circuit_file, "--model", whole_model, "--json")
     said = json.loads(out)
     assert code == 0 and [row["node"] for row in said["nodes"]] == ["L0.mlp_read.1", "L0.neuron.2"]
     assert said["heads"] == said["adversarial"] == []

@@ -42,7 +42,6 @@ from sparse_interp.circuit.looking import (
     record,
 )
 from sparse_interp.circuit.pictures import shown
-from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import FwdHooks, Masks, ablate
 from sparse_interp.interventions.answers import answer_logits, both_sides, stream_at
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -185,13 +184,11 @@ def read_heads(circuit: Circuit, model: AnyModel, batch: TaskBatch) -> HeadReadi
     Patterns of all prompts are held at once: layers * prompts * heads * positions^2 * 4 bytes.
 
     Raises:
-        CircuitError: if the circuit belongs to another model, or has no node in any head.
+        CircuitError: if the circuit belongs to another model.
     """
     model = hooked(model)
     circuit.check_model(model)
     found = {(n.layer, head) for n in circuit.node_set if n.site in ("q", "k", "v") for head in heads_of(model.cfg, n)}
-    if not found:
-        raise CircuitError("this circuit has no q, k or v node, so there is no head to read.")
     sides, layers = both_sides(batch), {layer for layer, _ in found}
     whole = record(model, sides, layers)
     with circuit.running(model):
@@ -231,6 +228,8 @@ def _knock_outs(heads: list[_Head]) -> Iterator[tuple[tuple[int, int], tuple[flo
     """By how much the circuit's mean logit difference falls when a head's v nodes are held too, for every query or
     for the answer position alone. Heads of one group share their v nodes, and so the first number.
     """
+    if not heads:
+        return
     model, circuit, batch = heads[0].model, heads[0].circuit, heads[0].batch
 
     def mean(layer: int, hooks: FwdHooks) -> float:
@@ -439,11 +438,10 @@ def _says_where(query: str, looked: pd.DataFrame, roles: pd.DataFrame, keys: pd.
     if query == ANSWER and look.explained_by_token >= TELLING:
         seen = keys[keys.seen >= N_SEEN].head(N_SAID)
         listed = " and ".join(f"{shown(row.token)} ({row.attention:.0%} per key)" for row in seen.itertuples())
-        parts.append(f"looks at tokens such as {listed}: they tell {look.explained_by_token:.0%} of whom it looks at")
+        parts.append(f"looks at {listed}: the token tells {look.explained_by_token:.0%} of where its attention goes")
     if first.mass / roles.mass.sum() >= TELLING or not parts:
-        paid = f"pays {first.mass:.0%} of its attention to {ROLE_WORDS[first.role]}"
-        parts.append(f"{paid} (an average over all would: {first.even_mass:.0%})")
-    return f"{start} {' and '.join(parts)}{sink}"
+        parts.append(f"pays {first.mass:.0%} to {ROLE_WORDS[first.role]} (averaging: {first.even_mass:.0%})")
+    return f"{start} {'; it '.join(parts)}{sink}"
 
 
 ROLE_WORDS = {

@@ -79,6 +79,9 @@ class AdversarialTable(Table):
     note: str = ""
     """Which rules found nothing to suggest, and why."""
 
+    reading: HeadReadings | None = None
+    """What the edits were derived from."""
+
     columns: ClassVar[tuple[str, ...]] = (
         "rule", "heads", "why", "edit", "control", "n_tokens", "n_prompts", "on",
         "accuracy_before", "accuracy", "accuracy_control", "accuracy_fall", "accuracy_low", "accuracy_high",
@@ -192,7 +195,7 @@ def adversarial_inputs(
         generator: draws prompts, tokens and intervals.
 
     Raises:
-        CircuitError: if the circuit belongs to another model, or has no node in any head.
+        CircuitError: if the circuit belongs to another model.
         TaskError: if the task lacks one of the splits.
     """
     model = hooked(model)
@@ -217,7 +220,7 @@ def adversarial_inputs(
     rows = [row for edit in edits for row in _tried(reading, edit)]
     note = f"None suggested by the other rules: {'; '.join(notes)}." if edits and notes else ""
     note = note if edits else f"None suggested: {'; '.join(notes)}."
-    return AdversarialTable(pd.DataFrame(rows, columns=list(AdversarialTable.columns)), note)
+    return AdversarialTable(pd.DataFrame(rows, columns=list(AdversarialTable.columns)), note, heads)
 
 
 def free_tokens(batch: TaskBatch, *, anywhere: bool = False) -> list[int]:
@@ -277,9 +280,9 @@ def _distractor(reading: _Reading) -> Edit | str:
     free = reading.drawn(len(pairs), max(map(len, fronts)), reading.free_anywhere)
     neutral = [tokens[: len(front) - len(gap)] + gap for tokens, front in zip(free, fronts, strict=True)]
     at, pad = torch.ones(len(pairs), dtype=torch.long), special_ids(tokenizer)[1]
-    paid = ", ".join(f"{_name(head)} pays it {row.mass:.0%}" for head, row in found.items())
+    paid = ", ".join(f"{_name(head)} with {row.mass:.0%} of its attention" for head, row in found.items())
     return Edit(
-        "distractor", list(found), f"at the answer position head {paid} of its attention",
+        "distractor", list(found), f"the changed token is looked at from the answer position by head {paid}",
         "the pair's other prompt, answered, before the prompt", "free tokens before it",
         pairs, inserted(pairs, at, fronts, pad), inserted(pairs, at, neutral, pad), at,
     )  # fmt: skip
@@ -301,14 +304,14 @@ def _dilution(reading: _Reading) -> Edit | str:
             left[head] = (each, share)
     if not left:
         return f"{n} free tokens would leave every needed head more than {DILUTED:.0%} of its attention"
-    said = ", ".join(
-        f"{_name(head)} pays each free token {each:.1%}, and {n} more leave {share:.0%} for the others"
+    said = "; ".join(
+        f"head {_name(head)} pays each free token {each:.1%}, and {n} more leave {share:.0%} for the others"
         for head, (each, share) in left.items()
     )
     at, pad = pairs.last.clone(), special_ids(reading.task.tokenizer)[1]
     after = inserted(pairs, at, reading.drawn(len(pairs), n, reading.free), pad)
     return Edit(
-        "dilution", list(left), f"at the answer position head {said}", "free tokens before the last one",
+        "dilution", list(left), f"at the answer position {said}", "free tokens before the last one",
         "these heads made to look as before", pairs, after, None, at,
     )  # fmt: skip
 

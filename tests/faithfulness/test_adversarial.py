@@ -68,7 +68,7 @@ def test_a_head_that_finds_quotes_by_what_they_are_is_led_astray_by_a_second_pai
     model = table.frame[table.frame.on == "model"].iloc[0]
     assert (model.accuracy_before, model.accuracy, model.accuracy_control) == (1, 0, 1)
     assert model.logits == pytest.approx(-8 / 3, abs=0.05), "two quotes of the other kind and one of the right one"
-    assert "head 1.0 pays it 100% of its attention" in model.why
+    assert "by head 1.0 with 100% of its attention" in model.why
     example = model.example.split()
     assert sorted(mark for mark in example if mark in "'\"") in ([*'""\''], [*"\"''"])
     assert "free tokens would leave every needed head more than" in table.note
