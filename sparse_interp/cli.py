@@ -38,10 +38,12 @@ from sparse_interp.circuit.released import (
     released_page,
     replay,
 )
+from sparse_interp.circuit.search import search_circuits
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
 from sparse_interp.faithfulness.adversarial import AdversarialTable, adversarial_inputs
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
+from sparse_interp.faithfulness.rivals import rivals as find_rivals
 from sparse_interp.figures import audit_figure, search_figure
 from sparse_interp.interventions.attribution import METHODS, attribute_nodes
 from sparse_interp.interventions.baselines import mean_activations
@@ -289,20 +291,70 @@ def find(
     max_kl: Annotated[
         float, Option(help="Largest KL(model || circuit) on the selection pairs, nats.")
     ] = PruneConfig.max_kl,
+    trials: Annotated[
+        int | None, Option(help="Search settings too, this many; the same command goes on after an interruption.")
+    ] = None,
+    calibrate: Annotated[bool, Option("--calibrate", help="Report losses with scaled logits too.")] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest circuit of MODEL for TASK that the search can find; audit it next."""
-    config = PruneConfig(objective=objective, n_steps=steps, k_coef=price, max_kl=max_kl)
+    config = PruneConfig(objective=objective, n_steps=steps, k_coef=price, max_kl=max_kl, calibrate=calibrate)
     network, prompts = _model_and_task(model, task, threads)
     _claim(out)
-    circuit = _found(network, prompts, model, config, seed)
+    result: dict[str, Any] = {"circuit": str(out / CIRCUIT)}
+    if trials is None:
+        circuit = _found(network, prompts, model, config, seed)
+    else:
+        kept = {"baseline": _baseline(network, model), "generator": torch.Generator().manual_seed(seed)}
+        search = search_circuits(network, prompts, config, n_trials=trials, folder=out / "trials", **kept)
+        circuit = search.circuit
+        search.save(out / "trials.csv")
+        search.size_at_budget.save(out / "size_at_budget.csv")
+        result |= {"n_trials": len(search), "budget": search.summary}
     circuit.save(out / CIRCUIT)
     circuit.save_tables(out)
-    result = {"circuit": str(out / CIRCUIT), "n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}
+    result |= {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}
     result |= {row.measure: row.value for row in circuit.scores.itertuples()}
-    print(json.dumps(result, indent=1) if as_json else f"{circuit}\n{circuit.scores.to_string(index=False)}")
+    said = [str(circuit), *([result["budget"]] if trials else []), circuit.scores.to_string(index=False)]
+    print(json.dumps(result, indent=1) if as_json else "\n".join(said))
+
+
+@app.command()
+def rivals(
+    model: Annotated[str, Option(help="A bundled model's name, or a model's folder.")],
+    task: Annotated[str, Option(help="A task's name.")],
+    out: Annotated[Path, Option(help="Folder for every circuit, and rivals, pairs, nodes and edges as CSV and PNG.")],
+    seeds: Annotated[int, Option(help="How many searches.")] = 8,
+    steps: Annotated[int, Option(help="Optimizer steps on gates.")] = PruneConfig.n_steps,
+    max_kl: Annotated[
+        float, Option(help="Largest KL(model || circuit), nats; also how far equal circuits may be apart.")
+    ] = PruneConfig.max_kl,
+    prompts: Annotated[int, Option(help="Held-out pairs that circuits are compared on.")] = 256,
+    seed: Annotated[int, Option(help="Seed of the prompts and of the first search.")] = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search a model for the circuit of a task from many seeds, and say what the circuits have in common.
+
+    The same command goes on after an interruption: circuits that are in the folder are not searched for again.
+    """
+    network, its_task = _model_and_task(model, task, threads)
+    _claim(out)
+    kept = {"baseline": _baseline(network, model), "generator": torch.Generator().manual_seed(seed)}
+    config = PruneConfig(n_steps=steps, max_kl=max_kl)
+    found = find_rivals(network, its_task, config, n_seeds=seeds, n_pairs=prompts, folder=out, **kept)
+    for name, table in {"rivals": found, "pairs": found.pairs, "nodes": found.nodes, "edges": found.edges}.items():
+        table.save(out / f"{name}.csv")
+    save_figure(found.plot(), out / "rivals.png")
+    counts = {"n_core": len(found.core), "n_periphery": len(found.periphery)}
+    counts |= {"n_distinct": found.n_distinct, "n_behaviours": found.n_behaviours, "n_equal": found.n_equal}
+    rows = {
+        name: json.loads(t.frame.to_json(orient="records"))
+        for name, t in {"rivals": found, "pairs": found.pairs}.items()
+    }
+    print(json.dumps(counts | rows, indent=1) if as_json else f"{found}\n{found.summary}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -457,6 +458,45 @@ def test_the_options_of_a_search_reach_it(command, model_folder, tmp_path, monke
     assert (code, err) == (2, "sparse-interp: that is enough.\n")
     (config,) = asked
     assert (config.objective, config.n_steps, config.k_coef, config.max_kl) == ("task_loss", 7, 0.5, 0.75)
+
+
+@pytest.fixture
+def easily_content(monkeypatch):
+    """Searches of few prompts that take nearly any circuit."""
+    little = {"n_train": 8, "n_selection": 8, "batch_size": 4, "max_loss_gap": 9.0}
+    monkeypatch.setattr(cli, "PruneConfig", partial(cli.PruneConfig, **little))
+    return ["--steps", 2, "--max-kl", 9.0]
+
+
+def test_settings_are_searched_and_the_same_command_goes_on(command, whole_model, tmp_path, easily_content):
+    line = ["find", whole_model, TASK, "--out", tmp_path, *easily_content, "--calibrate", "--json"]
+    code, out, err = command(*line, "--trials", 2)
+    said = json.loads(out)
+    assert code == 0 and said["n_trials"] == 2 and "budget: 2 trials" in said["budget"], err
+    assert said["KL(model || calibrated circuit)"] <= said["KL(model || circuit)"]
+    assert Circuit.load(tmp_path / "circuit.json").n_nodes == said["n_nodes"]
+    code, out, _ = command(*line, "--trials", 3)
+    trials = pd.read_csv(tmp_path / "trials.csv")
+    assert code == 0 and len(trials) == json.loads(out)["n_trials"] == 3
+    assert pd.read_csv(tmp_path / "size_at_budget.csv").n_nodes.tolist() == trials.n_nodes.cummin().tolist()
+    code, out, err = command(*line, "--trials", 3, "--seed", 1)
+    assert (code, out) == (2, "") and "holds another search: its seed is 0, and here it is 1" in err
+
+
+def test_rivals_leave_their_circuits_and_tables(command, whole_model, tmp_path, easily_content):
+    line = ["rivals", "--model", whole_model, "--task", TASK, "--out", tmp_path, "--seeds", 2, "--prompts", 4]
+    code, out, err = command(*line, *easily_content, "--seed", 3, "--json")
+    said = json.loads(out)
+    assert code == 0 and [row["seed"] for row in said["rivals"]] == [3, 4], err
+    nodes = pd.read_csv(tmp_path / "nodes.csv")
+    assert (nodes.n_found == 2).sum() == said["n_core"] and (nodes.n_found == 1).sum() == said["n_periphery"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "seed-3.json", "seed-3.safetensors", "seed-4.json", "seed-4.safetensors",
+        "rivals.csv", "pairs.csv", "nodes.csv", "edges.csv", "rivals.png",
+    }  # fmt: skip
+    written = (tmp_path / "seed-4.json").stat().st_mtime_ns
+    code, out, _ = command(*line, *easily_content, "--seed", 3)
+    assert code == 0 and "2 searches found" in out and (tmp_path / "seed-4.json").stat().st_mtime_ns == written
 
 
 # -- released circuits -------------------------------------------------------------------------------------------------
