@@ -18,12 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, ForwardRef
+from typing import TYPE_CHECKING, Any, ForwardRef
 
 import pandas as pd
 import torch
 
 from sparse_interp.circuit.compact import CircuitCompaction
+from sparse_interp.circuit.comparison import EDGE_KEY, CircuitComparison, weights_of
 from sparse_interp.circuit.exports import CircuitExports
 from sparse_interp.circuit.files import EDGE_TYPES, CircuitFiles
 from sparse_interp.circuit.pictures import CircuitPictures
@@ -51,7 +52,6 @@ from sparse_interp.model.sites import (
     rows_of,
     wires,
 )
-from sparse_interp.results import Table
 
 if TYPE_CHECKING:
     from networkx import DiGraph as DiGraph
@@ -60,32 +60,13 @@ else:
 
 NODE_COLUMNS = ("layer", "site", "channel", "head", "baseline", "tau", "importance_nats")
 EDGE_COLUMNS = ("source", "target", "kind", "weight_name", "weight")
-EDGE_KEY = ["source", "target", "weight_name"]
-"""What tells two weights apart."""
-
 SCORE_COLUMNS = ("measure", "value", "unit", "ablation", "metric", "split", "n_prompts")
 
 _READS, _WRITES = ("attn_read", "mlp_read", "final_resid", "final_read"), ("attn_write", "mlp_write")
 
 
 @dataclass(frozen=True, eq=False)
-class CircuitDiff(Table):
-    """Which nodes two circuits share: one row per node of either."""
-
-    columns: ClassVar[tuple[str, ...]] = ("layer", "site", "channel", "where")
-    """`where` is `both`, `first` or `second`."""
-
-
-@dataclass(frozen=True, eq=False)
-class EdgeDiff(Table):
-    """Which weights two circuits share as edges: one row per edge of either."""
-
-    columns: ClassVar[tuple[str, ...]] = ("source", "target", "weight_name", "weight", "weight_other", "where")
-    """`weight` is that of the first circuit's model, `weight_other` of the second's; `where` as in CircuitDiff."""
-
-
-@dataclass(frozen=True, eq=False)
-class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction):
+class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, CircuitComparison):
     """A set of nodes of one model, for one task, with what everything outside it is held at."""
 
     nodes: pd.DataFrame
@@ -386,7 +367,7 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction):
 
     def __and__(self, other: "Circuit") -> "Circuit":
         """Nodes in both, with the edges between them; where edges were pruned, those that are in both."""
-        pruned, weights = self.edges_pruned or other.edges_pruned, _weights_of(self, other)
+        pruned, weights = self.edges_pruned or other.edges_pruned, weights_of(self, other)
         weights = weights[weights.duplicated(EDGE_KEY)] if pruned else weights.drop_duplicates(EDGE_KEY)
         return self._combined(other, self.node_set & other.node_set, weights, pruned)
 
@@ -404,38 +385,12 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction):
                 "(a | b).transplanted(model) reads them off its weights.",
                 stacklevel=2,
             )
-        weights = _weights_of(self, other).drop_duplicates(EDGE_KEY)
+        weights = weights_of(self, other).drop_duplicates(EDGE_KEY)
         return self._combined(other, self.node_set | other.node_set, weights, pruned)
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         """Nodes of this one that the other lacks, with the edges between them."""
-        return self._combined(other, self.node_set - other.node_set, _weights_of(self), self.edges_pruned)
-
-    def diff(self, other: "Circuit") -> CircuitDiff:
-        """Node by node, whether both circuits have it, only this (`first`) or only the other (`second`).
-
-        Raises:
-            CircuitError: if the circuits belong to models of different shapes.
-        """
-        check_nodes(other.node_set, self.cfg)
-        order = _order(self.cfg)
-        rows = []
-        for node in sorted(self.node_set | other.node_set, key=lambda n: (order[Place(n.layer, n.site)], n.channel)):
-            here, there = node in self.node_set, node in other.node_set
-            rows.append((*node, "both" if here and there else "first" if here else "second"))
-        return CircuitDiff(pd.DataFrame(rows, columns=list(CircuitDiff.columns)))
-
-    def diff_edges(self, other: "Circuit") -> EdgeDiff:
-        """Weight by weight, whether both circuits have it as an edge, only this (`first`) or only the other (`second`).
-
-        Raises:
-            CircuitError: if the circuits belong to models of different shapes.
-        """
-        check_nodes(other.node_set, self.cfg)
-        first, second = (_weights_of(circuit)[[*EDGE_KEY, "weight"]] for circuit in (self, other))
-        rows = first.merge(second, on=EDGE_KEY, how="outer", suffixes=("", "_other"), indicator="where")
-        rows["where"] = rows["where"].astype(str).replace({"left_only": "first", "right_only": "second"})
-        return EdgeDiff(rows.drop(columns="where").assign(where=rows["where"])[list(EdgeDiff.columns)])
+        return self._combined(other, self.node_set - other.node_set, weights_of(self), self.edges_pruned)
 
     def to_networkx(self) -> DiGraph:
         """Nodes with their columns, edges with theirs, as a directed graph.
@@ -458,11 +413,6 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction):
             f"Circuit of {self.model_name} for {self.task_name or 'no task'}: {self.n_nodes} nodes, "
             f"{self.n_edges} edges, others held at {self.baseline.kind}"
         )
-
-
-def _weights_of(*circuits: Circuit) -> pd.DataFrame:
-    """The weights that circuits list, one circuit after the other."""
-    return pd.concat([c.edges[c.edges.kind == "weight"] for c in circuits], ignore_index=True)
 
 
 def _order(cfg: AnyShape) -> dict[Place, int]:
