@@ -66,6 +66,7 @@ def publish_circuit(
         ConfigError: if the released form cannot say what the model is.
     """
     circuit.check_model(model)
+    circuit.check_all_positions("the released form")
     config, kept = published_config(model), _released_kept(circuit, model)
     values = _values(circuit, model, means)
     batch = _classes(pairs)

@@ -27,7 +27,6 @@ from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.interventions.ablation import Ablation, Masks
 from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import masks
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Interval, bootstrap_interval
 from sparse_interp.tasks.task import TaskBatch, answer_loss, is_argmax, is_correct, kl_divergence, logit_difference
@@ -169,7 +168,7 @@ def score_circuit(
     with evaluating(model):
         reference = all_answer_logits(model, batch)
     drawn = ablation.answer_logits(model, circuit.kept, batch, generator=generator)
-    outside = {place: ~mask for place, mask in masks(circuit.node_set, circuit.cfg).items()}
+    outside = {place: ~mask for place, mask in circuit.inside.items()}
     return CircuitScores(
         batch,
         reference,
