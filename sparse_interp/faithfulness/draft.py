@@ -17,7 +17,7 @@ from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import FINAL_READ, SITES, WIRES, Node, V
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task
-from sparse_interp.tasks.templates import Template, TemplateFile
+from sparse_interp.tasks.templates import Sides, Template, TemplateFile
 
 BOS = "<|endoftext|>"
 
@@ -184,25 +184,38 @@ def word_task(
     name: str,
     forms: Sequence[tuple[str, str]],
     longer: Sequence[tuple[str, str]],
-    sides: tuple[Mapping[str, str], Mapping[str, str]],
+    sides: Sides,
     marks: Mapping[str, Sequence[str]],
     max_changed: int = 1,
 ) -> Task:
     """A task over words of one token each: `forms` of (prompt, answer) for train and test, `longer` for shifted."""
     templates = [Template(text, (f" {answer}",), "", ("train", "test")) for text, answer in forms]
     templates += [Template(text, (f" {answer}",), "", ("shifted",)) for text, answer in longer]
+    return task_of(name, templates, sides, marks, max_changed, WORDS)
+
+
+def task_of(
+    name: str,
+    templates: Sequence[Template],
+    sides: Sides,
+    marks: Mapping[str, Sequence[str]],
+    max_changed: int,
+    words: Mapping[str, Sequence[str]],
+) -> Task:
+    """A task whose fillers are `words` of each split, and its tokenizer, which knows every word of it."""
     source = TemplateFile(
         description=f"hand-built: {name}",
         templates=tuple(templates),
         sides=sides,
-        fillers={split: {"word": words} for split, words in WORDS.items()},
+        fillers={split: {"word": filled} for split, filled in words.items()},
         marks=marks,
         max_changed=max_changed,
-        sha256=hashlib.sha256(repr((templates, sides, WORDS, marks)).encode()).hexdigest(),
+        sha256=hashlib.sha256(repr((templates, sides, words, marks)).encode()).hexdigest(),
     )
     source.check(name)
-    texts = [form.text for form in templates] + [" ".join(side.values()) for side in sides]
-    texts += [" ".join(options) for options in (*marks.values(), *WORDS.values())]
+    held = [side for form in templates for side in form.sides or ()] + list(sides)
+    texts = [form.text for form in templates] + [" ".join(side.values()) for side in held]
+    texts += [" ".join(options) for options in (*marks.values(), *words.values())]
     tokens = [token for text in texts for token in text.split() if not token.startswith("$")]
     return Task(name, word_tokenizer(tokens), source)
 

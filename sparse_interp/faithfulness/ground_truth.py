@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from sparse_interp.errors import TaskError
+from sparse_interp.errors import CircuitError, TaskError
 from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
 from sparse_interp.faithfulness.hand_built import attention_copy, bracket_depth, induction, mlp_gate, quote, two_hop
 from sparse_interp.faithfulness.hand_built_traps import backup, distractor, two_copies
@@ -114,9 +114,40 @@ def key_effects(truth: GroundTruth, key: Key, batch: TaskBatch, means: NodeValue
     return KeyEffects(whole, without)
 
 
-def effects_alone(truth: GroundTruth, batch: TaskBatch, means: NodeValues) -> dict[Node, float]:
-    """KL(model || model with one node held at its mean) at the answer position for every node, mean over prompts."""
-    nodes, reference = all_nodes(truth.model.cfg), logits_of(truth.model, batch)
+HARMLESS, HARMFUL = 1e-4, 0.05
+"""KL to the model at the answer, nats: more than leaving out what is outside a key may do, less than anything in it."""
+
+
+def check_keys(truth: GroundTruth, batch: TaskBatch, means: NodeValues, harmless: float = HARMLESS) -> float:
+    """The largest KL(model || key), nats, if every key of `truth` is one on these prompts.
+
+    Raises:
+        CircuitError: if a key is no circuit, or can do without a node or an edge, naming it and its effect.
+    """
+    worst = 0.0
+    for key in truth.keys:
+        measured = key_effects(truth, key, batch, means)
+        worst = max(worst, measured.whole)
+        if measured.whole > harmless:
+            raise CircuitError(
+                f"{truth.name}: the key is {measured.whole:.1e} nats from its model; expected at most {harmless:.1e}. "
+                "Where there is noise, take less of it."
+            )
+        part, effect = min(measured.without.items(), key=lambda item: item[1])
+        if effect < HARMFUL:
+            named = str(part) if isinstance(part, Node) else " -> ".join(map(str, part))
+            raise CircuitError(
+                f"{truth.name}: without {named} the key changes by {effect:.1e} nats; expected at least {HARMFUL} of "
+                "everything in it."
+            )
+    return worst
+
+
+def effects_alone(
+    truth: GroundTruth, batch: TaskBatch, means: NodeValues, nodes: Iterable[Node] | None = None
+) -> dict[Node, float]:
+    """KL(model || model with one node held at its mean) at the answer position, for each of `nodes` (None: for all)."""
+    nodes, reference = list(all_nodes(truth.model.cfg) if nodes is None else nodes), logits_of(truth.model, batch)
     found = _divergences(reference, truth.model, [{node} for node in nodes], batch, means)
     return dict(zip(nodes, found, strict=True))
 

@@ -11,7 +11,7 @@ from sparse_interp.faithfulness.draft import Draft, word_task
 
 
 def distractor() -> GroundTruth:
-    """Two layers, gelu, added positions: a verb agrees with the first noun, beside a louder path that always agrees."""
+    """Two layers, added positions: a verb agrees with the first noun, beside a louder path that always agrees."""
     forms = [
         ("$det $noun near the $far $word $word1", "$be"),
         ("$word $det $noun and $word1 by a $far $word2", "$be"),
@@ -29,7 +29,7 @@ def distractor() -> GroundTruth:
     sides = ({"det": "these", "noun": "$many", "be": "are"}, {"det": "this", "noun": "$one", "be": "is"})
     task = word_task("distractor", forms, longer, sides, marks, max_changed=2)
     stream = "pos is_noun number subject verb is_det det hint loud louder word_a word_b topic every echo idle"
-    shape = {"n_layers": 2, "n_heads": 3, "d_head": 2, "d_mlp": 8, "act_fn": "gelu", "norm": "none"}
+    shape = {"n_layers": 2, "n_heads": 3, "d_head": 2, "d_mlp": 8, "act_fn": "relu", "norm": "none"}
     draft = Draft(task, stream.split(), positions="add", **shape)
     assert draft.model.pos_embed is not None
     steps = torch.arange(draft.model.cfg.n_ctx)

@@ -1,0 +1,80 @@
+"""Two models in one: answers that need both, or either."""
+
+import pytest
+import torch
+
+from sparse_interp.errors import TaskError
+from sparse_interp.faithfulness.composed import NO, YES, doubled, joined
+from sparse_interp.faithfulness.ground_truth import (
+    HARMFUL,
+    HARMLESS,
+    effects_alone,
+    ground_truth,
+    key_effects,
+    logits_of,
+    nodes_outside,
+)
+from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.answers import both_sides
+from sparse_interp.interventions.baselines import mean_activations
+from sparse_interp.tasks.task import is_argmax, kl_divergence
+
+
+@pytest.fixture(scope="module")
+def twice():
+    return doubled(ground_truth("quote"), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["joint", "twice"])
+def truth(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_a_composed_model_is_always_right_and_says_what_it_is(truth, generator):
+    assert truth.task.name == truth.name in ("distractor and two_copies", "quote twice")
+    for split in truth.task.splits:
+        batch = both_sides(truth.task.batch(50, split, generator=generator))
+        assert is_argmax(logits_of(truth.model, batch), batch).min() == 1
+
+
+def test_its_keys_are_keys_and_nodes_matter_alone_but_for_those_that_something_makes_good_for(truth, generator):
+    means = mean_activations(truth.model, truth.blocks(48, generator=generator), batch_size=128)
+    batch = both_sides(truth.task.batch(8, "test", generator=generator))
+    for key in truth.keys:
+        kl = key_effects(truth, key, batch, means)
+        assert kl.whole < HARMLESS and min(kl.without.values()) > HARMFUL
+    alone = effects_alone(truth, batch, means)
+    in_keys = frozenset.union(*(key.nodes for key in truth.keys))
+    assert {node for node, nats in alone.items() if nats > HARMFUL} == in_keys - truth.repaired
+    assert max(nats for node, nats in alone.items() if node not in in_keys) < HARMLESS
+
+
+def test_joined_models_agree_only_where_both_do(joint, generator):
+    frame = both_sides(joint.task.batch(40, generator=generator)).to_frame(joint.task.tokenizer)
+    plural, come = frame.clean.str.contains("these"), frame.clean.str.contains(" come ")
+    assert set(frame.answer.str.strip()) == {YES, NO}
+    assert ((plural & come) == (frame.answer.str.strip() == YES)).all()
+    assert len(joint.keys) == 2  # one through either copy of the second part
+
+
+def test_of_two_copies_each_is_enough_and_neither_is_none(twice, generator):
+    truth = twice
+    first, second = truth.keys
+    assert first.nodes & second.nodes and len(first.nodes - second.nodes) == len(second.nodes - first.nodes) > 5
+    means = mean_activations(truth.model, truth.blocks(32, generator=generator))
+    batch = truth.task.batch(16, generator=generator)
+    reference = logits_of(truth.model, batch)
+    outside = nodes_outside(truth, first)
+    for held, agrees in ((outside, True), (sorted(first.nodes - second.nodes), True), (truth.repaired, False)):
+        with ablate(truth.model, held, means):
+            kl = kl_divergence(reference, logits_of(truth.model, batch), batch).mean()
+        assert kl < HARMLESS if agrees else kl > HARMFUL
+
+
+def test_models_that_cannot_be_composed_are_refused_with_the_reason(generator):
+    with pytest.raises(TaskError, match="two_hop cannot stand beside another model.*no norm"):
+        doubled(ground_truth("two_hop"), generator=generator)
+    with pytest.raises(TaskError, match="backup tells its answers apart by 2 channels"):
+        doubled(ground_truth("backup"), generator=generator)
+    with pytest.raises(TaskError, match="is right on .* of train: a part does not do its own"):
+        joined(ground_truth("bracket_depth"), ground_truth("quote"), generator=generator)
