@@ -11,12 +11,12 @@ that leaves the right answer as it was, and circuit and model are asked again, b
     lure        a head pays a free token far more      that token between the           the free tokens that it
                 than others                            changed token and the end        pays least
 
-A token is *free* where the task itself says so: its number varies among prompts of one template, and no answer and no
-change has it. Between the changed token and the end only those are put that vary in number there. What the circuit
-does on the edited prompts is the prediction; what the model does is the test. `fails` means that accuracy falls, both
-from before and against the control, by more than its 95 % interval over templates; `weaker`, that the logit difference
-does. An edit for which the circuit holds is listed too: the algorithm withstands it. Where no head fits a rule, nothing
-is suggested.
+A token is *free* where the task itself says so: it is a word or a part of one, its number varies among prompts of one
+template, and no answer and no change has it. Between the changed token and the end only those are put that vary in
+number there. What the circuit does on the edited prompts is the prediction; what the model does is the test. `fails`
+means that accuracy falls, both from before and against the control, by more than its 95 % interval over templates;
+`weaker`, that the logit difference does. An edit for which the circuit holds is listed too: the algorithm withstands
+it. Where no head fits a rule, nothing is suggested.
 
 Context dilution of a head that averages: Gao et al. 2025 (arXiv:2511.13653), bracket counting.
 """
@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from sparse_interp.circuit.drives import N_SAID, N_SEEN, token_text
+from sparse_interp.circuit.drives import N_SAID, N_SEEN, Text, token_text
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.looking import record
 from sparse_interp.circuit.pictures import shown
@@ -57,8 +57,8 @@ FINDS = 3.0
 DILUTED = 0.75
 """Share of its attention that a head has to be left with, at most, for dilution to be suggested."""
 
-N_LURES = 4
-"""Copies of a lure."""
+N_LURES, N_NAMED = 4, 3
+"""Copies of a lure, and heads whose numbers a sentence says."""
 
 LONGEST = 3
 """Prompts are grown by dilution to at most so many times their mean length, bos included."""
@@ -209,25 +209,26 @@ def adversarial_inputs(
     encoded = task.encoded(n_pairs, split, generator=generator)
     whole = torch.tensor([row.is_whole for row in encoded]).repeat(2)
     pairs = both_sides(task.collated(encoded))
-    needed = _needed_heads(model, circuit, heads, both_sides(seen))
-    free = [free_tokens(seen, anywhere=anywhere) for anywhere in (False, True)]
+    needed = _needed_heads(model, circuit, heads, both_sides(seen), generator)
+    free = [free_tokens(seen, token_text(model), anywhere=anywhere) for anywhere in (False, True)]
     reading = _Reading(model, circuit, task, heads, needed, *free, pairs, whole, generator)
     edits, notes = [], []
-    for rule in (_distractor, _dilution, _lure):
+    for rule in (_distractor, _dilution, _lure) if needed else ():
         found = rule(reading)
         edits += [found] if isinstance(found, Edit) else []
         notes += [found] if isinstance(found, str) else []
     rows = [row for edit in edits for row in _tried(reading, edit)]
     note = f"None suggested by the other rules: {'; '.join(notes)}." if edits and notes else ""
+    notes = notes or ["the circuit needs no single head at the answer position, or is right no more often than chance"]
     note = note if edits else f"None suggested: {'; '.join(notes)}."
     return AdversarialTable(pd.DataFrame(rows, columns=list(AdversarialTable.columns)), note, heads)
 
 
-def free_tokens(batch: TaskBatch, *, anywhere: bool = False) -> list[int]:
-    """Tokens whose number varies among prompts of one template of `batch`, and that are in no answer and no change.
+def free_tokens(batch: TaskBatch, text: Text, *, anywhere: bool = False) -> list[int]:
+    """Words, whole or in part, whose number varies among prompts of one template of `batch`, and that are in no answer
+    and no change; counted between the changed tokens and the end, or `anywhere` in the prompt.
 
-    The answer does not hang on them: where the template is the same, and the same is changed, so is the answer. Counted
-    between the changed tokens and the end, or `anywhere` in the prompt.
+    The answer does not hang on them: where the template is the same, and the same is changed, so is the answer.
     """
     changed = batch.clean != batch.corrupt
     pos = torch.arange(batch.clean.shape[1])
@@ -240,15 +241,26 @@ def free_tokens(batch: TaskBatch, *, anywhere: bool = False) -> list[int]:
         rows = [batch.clean[row][counted[row]].tolist() for row in (batch.template == template).nonzero()[:, 0]]
         tokens = {token for row in rows for token in row} - told - free
         free |= {token for token in tokens if len({row.count(token) for row in rows}) > 1}
-    return sorted(free)
+    return sorted(token for token in free if text(token).removeprefix(" ").replace("_", "").isalnum())
 
 
-def _needed_heads(model: HookedModel, circuit: Circuit, heads: HeadReadings, batch: TaskBatch) -> list[Head]:
+def _needed_heads(
+    model: HookedModel, circuit: Circuit, heads: HeadReadings, batch: TaskBatch, generator: torch.Generator
+) -> list[Head]:
+    """Heads that the circuit needs at the answer position; none where it is right no more often than chance."""
     with evaluating(model), circuit.running(model):
-        total = _answers(model, batch).logits.mean().item()
-    frame = heads.heads.frame
+        answers = _answers(model, batch)
+    if not mean_of(answers.correct, _groups(batch), generator).low > 0.5:
+        return []
+    frame, total = heads.heads.frame, answers.logits.mean().item()
     worth = frame[(frame.knockout_at_answer >= NEEDED * total) & (frame.knockout_at_answer >= frame.knockout / 2)]
     return list(zip(worth.layer.tolist(), worth["head"].tolist(), strict=True))
+
+
+def _groups(batch: TaskBatch) -> list[int]:
+    """What an interval draws: the template of each prompt, or its pair where there is only one template."""
+    templates = batch.template.tolist()
+    return templates if len(set(templates)) > 1 else 2 * list(range(len(templates) // 2))
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -306,8 +318,9 @@ def _dilution(reading: _Reading) -> Edit | str:
         return f"{n} free tokens would leave every needed head more than {DILUTED:.0%} of its attention"
     said = "; ".join(
         f"head {_name(head)} pays each free token {each:.1%}, and {n} more leave {share:.0%} for the others"
-        for head, (each, share) in left.items()
+        for head, (each, share) in list(left.items())[:N_NAMED]
     )
+    said += f"; {len(left) - N_NAMED} more heads do likewise" * (len(left) > N_NAMED)
     at, pad = pairs.last.clone(), special_ids(reading.task.tokenizer)[1]
     after = inserted(pairs, at, reading.drawn(len(pairs), n, reading.free), pad)
     return Edit(
@@ -417,8 +430,7 @@ def _measured(reading: _Reading, edit: Edit) -> tuple:
         control = _answers(model, edit.neutral)
     else:
         control = _answers(model, edit.after, _looking_as_before(model, edit))
-    templates = edit.before.template.tolist()
-    groups = templates if len(set(templates)) > 1 else 2 * list(range(len(templates) // 2))
+    groups = _groups(edit.before)
     cells: list[float] = []
     lows = {}
     for name in ("correct", "logits"):

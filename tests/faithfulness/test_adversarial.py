@@ -128,6 +128,13 @@ def test_a_model_without_the_weakness_is_suggested_nothing(name):
     assert table.summary.startswith("None suggested: no head that is needed finds the changed token; ")
 
 
+def test_a_circuit_that_does_not_do_the_task_is_suggested_nothing():
+    truth = truth_of("quote")
+    blind = rewritten("quote", unembed_W_U={truth.channels.index("close"): 0.0})
+    table = tried(blind)
+    assert len(table) == 0 and "or is right no more often than chance" in table.summary
+
+
 # -- the edits --------------------------------------------------------------------------------------------------------
 
 
@@ -149,13 +156,14 @@ def test_tokens_go_into_both_prompts_and_padding_stays_behind(generator):
 
 def test_free_tokens_are_fillers_and_never_structure_answers_or_changes(generator):
     truth = truth_of("bracket_depth")
-    batch = truth.task.batch(60, generator=generator)
-    words = {truth.task.tokenizer.decode([token]) for token in free_tokens(batch)}
+    batch, text = truth.task.batch(60, generator=generator), lambda token: truth.task.tokenizer.decode([token])
+    words = {text(token) for token in free_tokens(batch, text)}
     assert "maple" in words and not words & {"[", "]", "]]", ";", "=", ",", "(", "<|endoftext|>"}
     nowhere = truth_of("induction")
-    batch = nowhere.task.batch(60, generator=generator)
-    assert free_tokens(batch) == [], "its change is the last token"
-    anywhere = {nowhere.task.tokenizer.decode([token]) for token in free_tokens(batch, anywhere=True)}
+    batch, text = nowhere.task.batch(60, generator=generator), lambda token: nowhere.task.tokenizer.decode([token])
+    assert free_tokens(batch, text) == [], "its change is the last token"
+    anywhere = {text(token) for token in free_tokens(batch, text, anywhere=True)}
+    assert free_tokens(batch, lambda token: f"{text(token)})", anywhere=True) == [], "brackets are no words"
     assert "alder" in anywhere and not anywhere & {"red", "one"}, "keys are changed and values are answers"
 
 
