@@ -42,8 +42,17 @@ from sparse_interp.tasks.task import logit_difference as logit_difference
 from sparse_interp.tasks.library import load_task as task  # noqa: F401 - public under the shorter name
 from sparse_interp.tasks.library import tasks as tasks
 from sparse_interp.tasks.survey import score_tasks as score_tasks
-from sparse_interp.interventions.ablation import ablate as ablate
+from sparse_interp.interventions.baselines import Counterfactual as Counterfactual
+from sparse_interp.interventions.baselines import Resample as Resample
 from sparse_interp.interventions.baselines import mean_activations as mean_activations
+from sparse_interp.interventions.baselines import position_means as position_means
+from sparse_interp.interventions.baselines import task_means as task_means
+from sparse_interp.interventions.baselines import zero_values as zero_values
+from sparse_interp.interventions.ablation import Ablation as Ablation
+from sparse_interp.interventions.ablation import ablate as ablate
+from sparse_interp.interventions.optimal import learn_baseline as learn_baseline
+from sparse_interp.interventions.interchange import interchange as interchange
+from sparse_interp.interventions.steering import steer as steer
 from sparse_interp.interventions.patching import Head as Head
 from sparse_interp.interventions.patching import Receiver as Receiver
 from sparse_interp.interventions.patching import patch_direct_paths as patch_direct_paths

@@ -8,13 +8,15 @@
     resample             what it holds on another prompt, drawn from a pool, at the same position
 
 The first three are constants, `NodeValues`; so are learned ones (interventions/optimal.py). The others
-depend on the prompts and make their values when they are told which: `.on(model, batch)`. They look at the model as it
-is at that moment, with whatever hooks are on it. Padding takes part in no mean; where a prompt ends before the one that
-takes its values, the value at its last token stands for the rest.
+depend on the prompts and make their values when they are told which: `.on(model, batch)`. Values of other prompts are
+those of the model without hooks, so that one ablation inside another takes the values that it would take alone. Padding
+takes part in no mean; where a prompt ends before the one that takes its values, the value at its last token stands for
+the rest.
 """
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError
-from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
+from sparse_interp.model.dense import AnyModel, DenseModel, FwdHooks, HookedModel, hooked, nobody_listening
 from sparse_interp.model.sites import NODE_SITES, SITES, NodeValues, Place, flat, places, width
 from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch
@@ -144,7 +146,8 @@ class Counterfactual:
 
     def on(self, model: AnyModel, batch: TaskBatch) -> dict[Place, Float[Tensor, "batch pos width"]]:
         """The values of the twins."""
-        return values_on(model, batch.swapped(), batch.clean.shape[1])
+        with _untouched(model):
+            return values_on(model, batch.swapped(), batch.clean.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +175,8 @@ class Resample:
         """
         pool = [_real(self.pool, row) for row in range(len(self.pool))]
         others = torch.tensor([self._drawn(_real(batch, row), pool) for row in range(len(batch))])
-        return values_on(model, self.pool.rows(others.to(self.pool.clean.device)), batch.clean.shape[1])
+        with _untouched(model):
+            return values_on(model, self.pool.rows(others.to(self.pool.clean.device)), batch.clean.shape[1])
 
     def _drawn(self, prompt: tuple[int, ...], pool: list[tuple[int, ...]]) -> int:
         digest = hashlib.sha256(repr((self.seed, prompt)).encode()).digest()
@@ -185,10 +189,8 @@ class Resample:
 
 
 @torch.no_grad()
-def values_on(
-    model: AnyModel, batch: TaskBatch, n_pos: int, hooks: FwdHooks | None = None
-) -> dict[Place, Float[Tensor, "batch pos width"]]:
-    """What every node holds on `batch.clean` at the first `n_pos` positions, in eval mode, with `hooks` on the model.
+def values_on(model: AnyModel, batch: TaskBatch, n_pos: int) -> dict[Place, Float[Tensor, "batch pos width"]]:
+    """What every node holds on `batch.clean` at the first `n_pos` positions, in eval mode, hooks included.
 
     Positions after a prompt's end repeat its last token's value.
     """
@@ -198,8 +200,13 @@ def values_on(
     pos = torch.arange(n_pos, device=device).minimum(last)
     tokens = batch.clean[:, : int(batch.lengths.max())]
     mask = batch.attention_mask[:, : tokens.shape[1]]
-    with model.hooks(fwd_hooks=hooks or []):
-        return _run(model, tokens, SITES, lambda held: held[rows, pos], mask)
+    return _run(model, tokens, SITES, lambda held: held[rows, pos], mask)
+
+
+def _untouched(model: AnyModel) -> AbstractContextManager[None]:
+    """A block inside which no hook of anybody's is on the model."""
+    model = hooked(model)
+    return nobody_listening(model.tl if isinstance(model, DenseModel) else model)
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

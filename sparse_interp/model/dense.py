@@ -424,8 +424,8 @@ def _points(cfg: Shape) -> list[str]:
 
 
 @contextmanager
-def _nobody_listening(tl: Any) -> Iterator[None]:
-    """Inside the block the hooks that somebody has put on the model are off."""
+def nobody_listening(tl: Any) -> Iterator[None]:
+    """Inside the block the hooks that somebody has put on a model of TransformerLens' kind, ours too, are off."""
     theirs = {point: point._forward_hooks for point in tl.hook_dict.values()}
     for point in theirs:
         point._forward_hooks = OrderedDict()
@@ -441,7 +441,7 @@ def _prove(model: DenseModel) -> None:
     """Raise ConfigError unless noise in place of every node goes where `WIRES` says."""
     n = min(4, model.cfg.n_ctx)
     tokens = (torch.arange(2 * n) % model.cfg.d_vocab).view(2, n).to(model.embed.W_E.device)
-    with evaluating(model), _nobody_listening(model.tl):
+    with evaluating(model), nobody_listening(model.tl):
         noisy = _noisy(model, tokens)
         for sentence, found, expected in _statements(model, tokens, noisy):
             error = float((found - expected).abs().max())
