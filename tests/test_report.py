@@ -11,7 +11,7 @@ def told(truth):
     from sparse_interp.circuit.graph import Circuit
     from sparse_interp.faithfulness.adversarial import adversarial_inputs
     from sparse_interp.faithfulness.audit import audit
-    from sparse_interp.interventions.ablation import mean_activations
+    from sparse_interp.interventions.baselines import mean_activations
     from sparse_interp.report import report
 
     generator = torch.Generator().manual_seed(0)

@@ -44,10 +44,9 @@ from sparse_interp.circuit.drives import sentences as sentences_of
 from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.answers import both_sides
 from sparse_interp.model.config import Shape
-from sparse_interp.model.dense import AnyModel, HookedModel, hooked
+from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import (
     FINAL_SCALE_HOOK,
     PATTERN_HOOK,
@@ -61,6 +60,7 @@ from sparse_interp.model.sites import (
     places,
     queries_of,
 )
+from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
 from sparse_interp.viewer.page import (

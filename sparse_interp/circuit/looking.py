@@ -17,9 +17,9 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import Pattern, Tokens
 from sparse_interp.circuit.drives import explained
-from sparse_interp.interventions.ablation import FwdHooks, evaluating
-from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.dense import FwdHooks, HookedModel
 from sparse_interp.model.sites import FINAL_SCALE_HOOK, PATTERN_HOOK, Place, flat
+from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch
 
 ANSWER, EVERY = "answer", "every"

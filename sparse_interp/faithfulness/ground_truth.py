@@ -26,11 +26,12 @@ from sparse_interp.errors import CircuitError, TaskError
 from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
 from sparse_interp.faithfulness.hand_built import attention_copy, bracket_depth, induction, mlp_gate, quote, two_hop
 from sparse_interp.faithfulness.hand_built_traps import backup, distractor, two_copies
-from sparse_interp.interventions.ablation import FwdHooks, evaluating
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.config import AnyShape
+from sparse_interp.model.dense import FwdHooks
 from sparse_interp.model.edges import EdgeGate, Matrix
 from sparse_interp.model.sites import WIRES, Node, NodeValues, Place, flat, masks, places, width
+from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 

@@ -29,10 +29,9 @@ from sparse_interp.axes import PerPrompt
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_answers, frozen
 from sparse_interp.interventions.baselines import Baseline, Counterfactual, Resample
-from sparse_interp.interventions.baselines import mean_activations as mean_activations
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeAt, NodeValues, Place, flat, masks
-from sparse_interp.model.text import evaluating as evaluating
+from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
 Masks = Mapping[Place, Bool[Tensor, " width"] | Bool[Tensor, "pos width"]]

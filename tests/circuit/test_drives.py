@@ -9,7 +9,7 @@ import torch
 from sparse_interp.circuit.describe import describe
 from sparse_interp.circuit.drives import EMBEDDING, ByGroup, followed
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.interventions.ablation import mean_activations
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Place, flat
 
 

@@ -10,8 +10,9 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.looking import ANSWER, EVERY, ROLES, even_frac, explained_by, looks
 from sparse_interp.circuit.readings import read_heads
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import ablate, mean_activations
+from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.answers import both_sides
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node, Place, flat, group_size, key_of
 from sparse_interp.tasks.task import TaskBatch, logit_difference
 
