@@ -176,7 +176,7 @@ def search_circuits(
     seed = generator.initial_seed()
     drawn = torch.Generator().manual_seed(seed)
     train, select = split_pairs(task, base, drawn)
-    selection = Selection(model, select, baseline, frozen_norms=base.frozen_norms)
+    selection = Selection(model, select, baseline, frozen_norms=base.frozen_norms, per_position=base.per_position)
     told = _origin(model, task, base, baseline) | {"seed": seed, "at_once": at_once}
     with _journal(None if folder is None else Path(folder), _space(base), told) as trials:
         with tqdm(total=n_trials, initial=len(trials.finished), disable=not progress, desc="trials") as bar:

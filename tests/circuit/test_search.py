@@ -115,13 +115,14 @@ def test_the_same_seed_makes_the_same_search_and_another_one_another(searched, l
 
 @pytest.mark.parametrize("where", ["asking", "learning", "sizing", "before it is recorded", "after it is recorded"])
 def test_a_search_that_is_killed_ends_as_it_would_have(searched, landscape, tmp_path, monkeypatch, where):
-    whole = searched(n_trials=8, folder=tmp_path / "whole")
+    """In the middle of its fifth round of three, when proposals follow what was found."""
+    whole = searched(n_trials=17, folder=tmp_path / "whole")
     owner, name, at, after = {
-        "asking": (search._optuna().trial.Trial, "suggest_float", 4 * len(RANGES) + 3, False),
-        "learning": (search, "learn_many", 1, False),
-        "sizing": (search, "sized", 4, False),
-        "before it is recorded": (search._Trials, "record", 4, False),
-        "after it is recorded": (search._Trials, "record", 4, True),
+        "asking": (search._optuna().trial.Trial, "suggest_float", 13 * len(RANGES) + 3, False),
+        "learning": (search, "learn_many", 4, False),
+        "sizing": (search, "sized", 13, False),
+        "before it is recorded": (search._Trials, "record", 13, False),
+        "after it is recorded": (search._Trials, "record", 13, True),
     }[where]
     real, calls = getattr(owner, name), []
 
@@ -137,12 +138,12 @@ def test_a_search_that_is_killed_ends_as_it_would_have(searched, landscape, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, once)
         with pytest.raises(Killed):
-            searched(n_trials=8, folder=tmp_path / "cut")
+            searched(n_trials=17, folder=tmp_path / "cut")
     n_before = len(landscape)
-    again = searched(n_trials=8, folder=tmp_path / "cut")
+    again = searched(n_trials=17, folder=tmp_path / "cut")
     assert told(again).equals(told(whole)) and again.circuit.nodes.equals(whole.circuit.nodes)
     assert len(landscape) - n_before <= 5, "trials that were finished are not run again"
-    finished = searched(n_trials=8, folder=tmp_path / "cut")
+    finished = searched(n_trials=17, folder=tmp_path / "cut")
     assert finished.frame.equals(again.frame) and len(landscape) - n_before <= 5
     assert finished.circuit.nodes.equals(whole.circuit.nodes) and finished.circuit.prune == whole.circuit.prune
 
