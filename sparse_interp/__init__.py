@@ -64,6 +64,7 @@ from sparse_interp.interventions.attribution import attribute_nodes as attribute
 from sparse_interp.interventions.prune_config import PruneConfig as PruneConfig
 from sparse_interp.circuit.graph import Circuit as Circuit
 from sparse_interp.circuit.find import find_circuit as find_circuit
+from sparse_interp.circuit.find_edges import find_edges as find_edges
 from sparse_interp.circuit.describe import describe as describe
 from sparse_interp.circuit.readings import read_heads as read_heads
 from sparse_interp.circuit.calibration import calibrate as calibrate

@@ -27,6 +27,7 @@ from typer import Argument, Option
 
 from sparse_interp.circuit.describe import Description, describe, page, token_text, token_wires
 from sparse_interp.circuit.find import find_circuit
+from sparse_interp.circuit.find_edges import find_edges
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.payload import read_means, read_payload
 from sparse_interp.circuit.released import (
@@ -295,6 +296,7 @@ def find(
         int | None, Option(help="Search settings too, this many; the same command goes on after an interruption.")
     ] = None,
     calibrate: Annotated[bool, Option("--calibrate", help="Report losses with scaled logits too.")] = False,
+    edges: Annotated[bool, Option("--edges", help="Then prune the weights between its nodes as well.")] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -313,6 +315,9 @@ def find(
         search.save(out / "trials.csv")
         search.size_at_budget.save(out / "size_at_budget.csv")
         result |= {"n_trials": len(search), "budget": search.summary}
+    if edges:
+        result |= {"n_nodes_before": circuit.n_nodes, "n_edges_before": circuit.n_edges}
+        circuit = find_edges(network, circuit, prompts, generator=torch.Generator().manual_seed(seed))
     circuit.save(out / CIRCUIT)
     circuit.save_tables(out)
     result |= {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}

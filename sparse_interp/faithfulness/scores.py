@@ -13,6 +13,7 @@ Marks et al. 2024 (arXiv:2403.19647), whose empty circuit is `nothing`: every no
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from math import nan
 
@@ -26,6 +27,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.interventions.ablation import Ablation, Masks
 from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Interval, bootstrap_interval
@@ -155,7 +157,7 @@ def score_circuit(
         circuit: the circuit.
         pairs: prompts with their twins.
         ablation: what everything outside the circuit is ablated to, and how much of it is left; None holds it at the
-            circuit's own baseline.
+            circuit's own baseline. Edges that the circuit lacks carry its own baseline in any case.
         generator: draws shares, where the ablation has any.
 
     Raises:
@@ -167,14 +169,18 @@ def score_circuit(
     full = Ablation.full(ablation.baseline)
     with evaluating(model):
         reference = all_answer_logits(model, batch)
-    drawn = ablation.answer_logits(model, circuit.kept, batch, generator=generator)
-    outside = {place: ~mask for place, mask in circuit.inside.items()}
+    cut = circuit.cut_edges(model)
+
+    def within(model: AnyModel) -> AbstractContextManager[AnyModel]:
+        return cutting(model, cut, circuit.baseline)
+
+    drawn = ablation.answer_logits(model, circuit.kept, batch, generator=generator, within=within)
     return CircuitScores(
         batch,
         reference,
         model=prompt_scores(reference, reference, batch),
         circuit=_averaged([prompt_scores(logits, reference, batch) for logits in drawn]),
-        removed=_under(full, model, outside, batch, reference),
+        removed=_without(circuit, full, model, batch, reference),
         nothing=_under(full, model, empty_circuit(model, circuit).kept, batch, reference),
         ablation=ablation.name,
     )
@@ -183,6 +189,17 @@ def score_circuit(
 def score_control(model: AnyModel, control: Circuit, batch: TaskBatch, reference: AnswerLogits) -> PromptScores:
     """Scores of a circuit that was made from `model` a moment ago, whose weights need no second look."""
     return _under(Ablation.full(control.baseline), hooked(model), control.kept, batch, reference)
+
+
+def _without(
+    circuit: Circuit, ablation: Ablation, model: HookedModel, batch: TaskBatch, reference: AnswerLogits
+) -> PromptScores:
+    """The model without the circuit: without its edges, if these were chosen, else without its nodes."""
+    if circuit.edges_pruned:
+        with evaluating(model), circuit.removed(model):
+            return prompt_scores(all_answer_logits(model, batch), reference, batch)
+    outside = {place: ~mask for place, mask in circuit.inside.items()}
+    return _under(ablation, model, outside, batch, reference)
 
 
 def _under(

@@ -19,17 +19,19 @@ from torch import Tensor
 
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import Masks, Values, holding_hooks, partial
-from sparse_interp.interventions.answers import at_answers
+from sparse_interp.interventions.answers import answer_logits, at_answers, frozen
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, Meeting
 from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import SearchHistory, train_gates
+from sparse_interp.interventions.selection import AT_ONCE, Selection
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.edges import EdgeGate, Matrix
 from sparse_interp.model.sites import FINAL_READ, FINAL_RESID, NodeValues, Place, V, Wire, group_size, wires
-from sparse_interp.tasks.task import TaskBatch
+from sparse_interp.model.text import evaluating
+from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
 EdgeMasks = Mapping[Matrix, Bool[Tensor, "source target"]]
 """For some weight matrices, which of their entries; rows and columns are those of `Wire.weight`."""
@@ -142,6 +144,47 @@ class EdgeUnits:
         return {matrix: spread[matrix] for matrix in self.entries}, spread[self.end]
 
 
+@contextmanager
+def gating(
+    model: HookedModel,
+    kept: Masks,
+    units: EdgeUnits,
+    values: Values,
+    left: Mapping[Matrix | Place, Float[Tensor, " unit"]],
+) -> Iterator[None]:
+    """Inside the block of every unit `left` is left, in [0, 1], and nodes outside `kept` hold their values."""
+    end, rows = units.end, row_values(model, values)
+    droppable = bool(len(units.channels))
+    hooks = holding_hooks({place: mask for place, mask in kept.items() if place != end or not droppable}, values)
+    if droppable:
+        hooks.append((end.hook, partial(units.spread(end, left[end], 0.0), values[end])))
+    gates = {matrix: EdgeGate(units.spread(matrix, left[matrix], 1.0), rows[matrix]) for matrix in units.entries}
+    with model.hooks(fwd_hooks=hooks), model.gated_edges(gates):
+        yield
+
+
+def cut_estimates(
+    selection: Selection, kept: Masks, units: EdgeUnits, chosen: Bool[Tensor, " unit"]
+) -> Float[Tensor, " unit"]:
+    """By how much the mean KL(model || circuit) would grow, to first order, if a chosen unit were cut too, nats.
+
+    One gradient for all units, at the circuit of the chosen ones. Where circuit and model agree it vanishes.
+    """
+    model, batch = selection.model, selection.batch
+    parts = chosen.to(model.embed.W_E).split(list(units.sizes.values()))
+    left = {group: part.clone().requires_grad_() for group, part in zip(units.sizes, parts, strict=True)}
+    total = [torch.zeros_like(part) for part in left.values()]
+    with evaluating(model), frozen(model):
+        for rows in batch.lengths.argsort(stable=True).cpu().split(AT_ONCE):
+            here = batch.rows(rows)
+            with gating(model, kept, units, selection.baseline, left):
+                logits = answer_logits(model, here)
+            kl = kl_divergence(selection.reference[rows], logits, here).sum() / len(batch)
+            grads = torch.autograd.grad(kl, list(left.values()), allow_unused=True, materialize_grads=True)
+            total = [so_far + grad for so_far, grad in zip(total, grads, strict=True)]
+    return -torch.cat(total).cpu()
+
+
 class EdgeGates(Gates):
     """One gate per edge of a circuit, or of a whole model, and one per channel that is unembedded.
 
@@ -163,8 +206,7 @@ class EdgeGates(Gates):
         config: PruneConfig,
         generator: torch.Generator,
     ):
-        self.model, self.units, self.frozen_norms = model, units, config.frozen_norms
-        self.kept = {place: mask for place, mask in kept.items() if place != units.end or not len(units.channels)}
+        self.model, self.kept, self.units, self.frozen_norms = model, kept, units, config.frozen_norms
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         super().__init__(units.sizes, units.sizes, [config], [generator], model.embed.W_E)
 
@@ -173,23 +215,14 @@ class EdgeGates(Gates):
         values = self.baseline
         if not isinstance(values, NodeValues):
             values = at_answers(values.on(self.model, rows), rows)
-        baselines = row_values(self.model, values)
         scales = norm_scales(self.model, rows) if self.frozen_norms else {}
-        outside = holding_hooks(self.kept, values)
-
-        def left(group: Matrix | Place, opened: Mapping, shares: Mapping | None, rest: float) -> Tensor:
-            m = opened[group][0]
-            return self.units.spread(group, m if shares is None else m + (1 - m) * shares[group][0], rest)
 
         @contextmanager
         def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
-            end, hooks = self.units.end, [*outside]
-            if len(self.units.channels):
-                hooks.append((end.hook, partial(left(end, opened, shares, 0.0), values[end])))
-            gates = {
-                matrix: EdgeGate(left(matrix, opened, shares, 1.0), baselines[matrix]) for matrix in self.units.entries
-            }
-            with frozen_norms(self.model, scales), self.model.hooks(fwd_hooks=hooks), self.model.gated_edges(gates):
+            left = {group: m[0] for group, m in opened.items()}
+            if shares is not None:
+                left = {group: m + (1 - m) * shares[group][0] for group, m in left.items()}
+            with frozen_norms(self.model, scales), gating(self.model, self.kept, self.units, values, left):
                 yield
 
         return block

@@ -1,6 +1,7 @@
 """Circuits as graphs, as hooks and as sets."""
 
 import copy
+from dataclasses import replace
 
 import networkx
 import pytest
@@ -11,8 +12,9 @@ from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import holding_hooks
 from sparse_interp.interventions.baselines import mean_activations, zero_values
+from sparse_interp.interventions.edges import cutting, edges_among
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import NODE_SITES, Node, Place, flat
+from sparse_interp.model.sites import NODE_SITES, WIRES, Node, Place, flat, masks
 
 
 def edges_by_brute_force(model, nodes):
@@ -384,3 +386,182 @@ def test_an_empty_circuit_can_be_drawn_and_shown(plain_model, zero):
     circuit = Circuit.of_nodes(plain_model, [], zero(plain_model))
     circuit.plot()
     assert "iframe" in circuit._repr_html_()
+
+
+# -- pruned edges ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_edges(some_nodes):
+    """`some_edges(model, seed)`: random nodes, and a random half of the weights between them."""
+
+    def draw(model, seed=0, share=0.5):
+        cfg = hooked(model).cfg
+        nodes = some_nodes(hooked(model), 0.6, seed)
+        generator = torch.Generator().manual_seed(seed)
+        among = edges_among(hooked(model), masks(nodes, cfg))
+        return nodes, {m: mask & (torch.rand(mask.shape, generator=generator) < share) for m, mask in among.items()}
+
+    return draw
+
+
+@pytest.mark.parametrize("changes", [{}, {"positions": "concat", "d_pos_emb": 3}], ids=["added", "concatenated"])
+def test_a_weight_between_its_nodes_that_it_lacks_carries_the_baseline(make_model, some_edges, tokens, changes):
+    """Against a forward pass in which every edge has its message."""
+    from numpy_reference import forward
+
+    model = make_model(dtype=torch.float64, **changes)
+    means = mean_activations(model, tokens)
+    nodes, edges = some_edges(model)
+    circuit = Circuit.of_nodes(model, nodes, means, edges=edges)
+    kept = masks(nodes, model.cfg)
+    gates = {}
+    for matrix, mask in edges_among(model, kept).items():
+        wire = next(wire for wire in WIRES if wire.weight_name == matrix.name)
+        share = 1.0 - (mask & ~edges[matrix]).double().numpy()
+        gates[tuple(matrix)] = (share, means[Place(matrix.layer, wire.source.name)].numpy())
+    held = {place.hook: (mask.numpy(), means[place].numpy()) for place, mask in kept.items()}
+    weights = {name: p.numpy() for name, p in model.state_dict().items()}
+    expected, _ = forward(model.cfg.to_dict(), weights, tokens.numpy(), gates=gates, held=held)
+    with torch.no_grad(), circuit.running(model):
+        torch.testing.assert_close(model(tokens), torch.from_numpy(expected), atol=1e-9, rtol=0)
+    assert circuit.edges_pruned and circuit.n_edges == sum(int(mask.sum()) for mask in edges.values())
+    assert {m: mask.tolist() for m, mask in circuit.edge_masks(model).items()} == {
+        m: mask.tolist() for m, mask in edges.items()
+    }
+
+
+def test_pruned_edges_of_grouped_queries_are_told_apart_by_their_heads(make_bridge, some_edges, tokens):
+    bridge, _ = make_bridge(n_kv=2, gated=True)
+    nodes, edges = some_edges(bridge)
+    circuit = Circuit.of_nodes(bridge, nodes, zero_values(bridge), edges=edges)
+    assert all(torch.equal(mask, edges[matrix]) for matrix, mask in circuit.edge_masks(bridge).items())
+    among = edges_among(hooked(bridge), masks(nodes, hooked(bridge).cfg))
+    with torch.no_grad():
+        with circuit.running(bridge):
+            found = bridge(tokens)
+        held = bridge.hooks(fwd_hooks=holding_hooks(circuit.kept, circuit.baseline))
+        with held, cutting(bridge, {m: mask & ~edges[m] for m, mask in among.items()}, circuit.baseline):
+            torch.testing.assert_close(bridge(tokens), found)
+
+
+def test_with_all_edges_listed_nothing_is_cut(plain_model, some_nodes, tokens):
+    means, nodes = mean_activations(plain_model, tokens), some_nodes(plain_model, 0.6)
+    circuit = Circuit.of_nodes(plain_model, nodes, means)
+    listed = replace(circuit, edges_pruned=True)
+    assert not any(bool(mask.any()) for mask in listed.cut_edges(plain_model).values())
+    assert not circuit.cut_edges(plain_model)
+    with torch.no_grad():
+        with circuit.running(plain_model):
+            expected = plain_model(tokens)
+        with listed.running(plain_model):
+            assert torch.equal(plain_model(tokens), expected)
+
+
+def test_pruned_circuits_nest_as_the_circuit_of_what_is_in_both_where_no_node_competes(make_model, some_edges, tokens):
+    plain_model = make_model(dtype=torch.float64, afrac=None)
+    means = mean_activations(plain_model, tokens)
+    a, b = (
+        Circuit.of_nodes(plain_model, nodes, means, edges=edges)
+        for nodes, edges in (some_edges(plain_model, seed, share=0.8) for seed in (0, 1))
+    )
+    with torch.no_grad():
+        with (a & b).running(plain_model):
+            expected = plain_model(tokens)
+        with a.running(plain_model), b.running(plain_model):
+            torch.testing.assert_close(plain_model(tokens), expected)
+
+
+def test_pruned_edges_combine_as_sets(plain_model, some_edges, some_nodes):
+    values = zero_values(plain_model)
+    a, b = (
+        Circuit.of_nodes(plain_model, nodes, values, edges=edges)
+        for nodes, edges in (some_edges(plain_model, seed) for seed in (0, 1))
+    )
+    of_nodes = Circuit.of_nodes(plain_model, some_nodes(plain_model, 0.5, seed=2), values)
+    key = lambda circuit: set(
+        circuit.edges[circuit.edges.kind == "weight"][["source", "target"]].itertuples(index=False, name=None)
+    )
+    outside = {str(node) for node in b.node_set}
+    assert key(a & b) == key(a) & key(b) and key(a | b) == key(a) | key(b)
+    assert key(a - b) == {edge for edge in key(a) if not {*edge} & outside}
+    assert key(a & of_nodes) == key(of_nodes & a) == key(a) & key(of_nodes)
+    for combined in (a & b, a | b, a - b, a & of_nodes, of_nodes | a):
+        assert combined.edges_pruned
+        anew = Circuit.of_nodes(plain_model, combined.node_set, values, edges=combined.edge_masks(plain_model))
+        assert key(anew) == key(combined)
+    assert not (of_nodes - a).edges_pruned
+
+
+def test_diff_edges_says_where_each_weight_is(plain_model, some_edges):
+    values = zero_values(plain_model)
+    a, b = (
+        Circuit.of_nodes(plain_model, nodes, values, edges=edges)
+        for nodes, edges in (some_edges(plain_model, seed) for seed in (0, 1))
+    )
+    frame = a.diff_edges(b).frame
+    assert (frame["where"] == "both").sum() == (a & b).n_edges and len(frame) == (a | b).n_edges
+    both = frame[frame["where"] == "both"]
+    assert both.weight.equals(both.weight_other) and frame[frame["where"] == "second"].weight.isna().all()
+
+
+def test_without_a_pruned_circuit_its_edges_carry_the_baseline_and_all_else_acts(plain_model, some_edges, tokens):
+    means = mean_activations(plain_model, tokens)
+    nodes, edges = some_edges(plain_model)
+    circuit = Circuit.of_nodes(plain_model, nodes, means, edges=edges)
+    with torch.no_grad():
+        with circuit.removed(plain_model):
+            without = plain_model(tokens)
+        with cutting(plain_model, edges, means):
+            assert torch.equal(plain_model(tokens), without)
+
+
+def test_cutting_leaves_nodes_outside_alone(plain_model, some_edges, tokens):
+    means = mean_activations(plain_model, tokens)
+    nodes, edges = some_edges(plain_model)
+    circuit = Circuit.of_nodes(plain_model, nodes, means, edges=edges)
+    with torch.no_grad():
+        with circuit.cutting(plain_model), plain_model.hooks(fwd_hooks=holding_hooks(circuit.kept, means)):
+            expected = plain_model(tokens)
+        with circuit.running(plain_model):
+            assert torch.equal(plain_model(tokens), expected)
+        with circuit.cutting(plain_model):
+            assert not torch.equal(plain_model(tokens), expected)
+
+
+def test_cut_edges_are_no_plain_hooks_and_the_message_says_what_to_do(plain_model, some_edges):
+    nodes, edges = some_edges(plain_model)
+    circuit = Circuit.of_nodes(plain_model, nodes, zero_values(plain_model), edges=edges)
+    with pytest.raises(CircuitError, match="make the call inside `with circuit.running"):
+        circuit.hooks(plain_model)
+
+
+def test_a_pruned_circuit_moves_with_the_edges_that_the_other_model_has_too(make_model, some_edges):
+    model, other = make_model(), make_model(seed=1)
+    with torch.no_grad():
+        other.blocks[0].mlp.W_out[::2] = 0
+    nodes, edges = some_edges(model)
+    moved = Circuit.of_nodes(model, nodes, zero_values(model), edges=edges).transplanted(other)
+    found = moved.edge_masks(other)
+    there = masks(nodes, other.cfg)
+    for matrix, mask in edges_among(other, there).items():
+        assert torch.equal(found[matrix], mask & edges[matrix])
+    assert moved.edges_pruned and moved.n_edges < sum(int(mask.sum()) for mask in edges.values())
+
+
+def test_a_pruned_circuit_comes_back_from_its_file_and_can_be_drawn(plain_model, some_edges, tokens, tmp_path):
+    nodes, edges = some_edges(plain_model)
+    circuit = Circuit.of_nodes(plain_model, nodes, mean_activations(plain_model, tokens), edges=edges)
+    cost = circuit.edges.weight.abs().where(circuit.edges.kind == "weight")
+    circuit = replace(circuit, edges=circuit.edges.assign(importance_nats=cost))
+    back = Circuit.load(circuit.save(tmp_path / "circuit.json"), plain_model)
+    assert back.edges_pruned and back.edges.equals(circuit.edges)
+    with torch.no_grad():
+        with circuit.running(plain_model):
+            expected = plain_model(tokens)
+        with back.running(plain_model):
+            assert torch.equal(plain_model(tokens), expected)
+    joined = [kind for _, _, kind in back.to_networkx().edges(data="kind")]
+    assert joined.count("weight") == back.n_edges
+    back.plot()
+    assert str(back.n_edges) in back.bare_page().summary["edges"]
