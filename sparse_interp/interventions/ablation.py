@@ -17,8 +17,9 @@ block does.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,6 +48,9 @@ SCHEMES = ("full", "stochastic", "adversarial")
 SCOPES = ("batch", "example")
 ANSWERS_AT_ONCE = 128
 """Prompts per forward pass."""
+
+Running = Callable[[AnyModel], AbstractContextManager[Any]]
+"""A block inside which a model runs as something else: `circuit.running`, say."""
 
 Loss = Callable[[AnswerLogits, AnswerLogits, TaskBatch], PerPrompt]
 """(model's logits, ablated logits, batch) -> what the ablation costs each prompt, nats."""
@@ -295,13 +299,16 @@ class Ablation:
         batch: TaskBatch,
         *,
         generator: torch.Generator | None = None,
+        within: Running = nullcontext,
     ) -> Float[Tensor, "draw batch d_vocab"]:
         """Logits at the answer positions with nodes outside `kept` ablated: a row per draw, or a single one.
+
+        Ablated runs happen inside `within(model)`; those that they are compared with, or take values from, do not.
 
         Raises:
             CircuitError: without the generator that a scheme needs, or with the baseline of another model.
         """
-        run = _Evaluation(self, hooked(model), kept, batch)
+        run = _Evaluation(self, hooked(model), kept, batch, within)
         if self.scheme == "full":
             drawn: list[Shares | None] = [None]
         elif self.scheme == "stochastic":
@@ -346,8 +353,10 @@ class Ablation:
 class _Evaluation:
     """One circuit under one kind of ablation on fixed prompts, answers alone, a chunk of prompts after the other."""
 
-    def __init__(self, ablation: Ablation, model: HookedModel, kept: Masks, batch: TaskBatch):
-        self.ablation, self.model, self.kept = ablation, model, kept
+    def __init__(
+        self, ablation: Ablation, model: HookedModel, kept: Masks, batch: TaskBatch, within: Running = nullcontext
+    ):
+        self.ablation, self.model, self.kept, self.within = ablation, model, kept, within
         self.batch = batch.to(model.embed.W_E.device)
         self.chunks = list(batch.lengths.cpu().argsort(stable=True).split(ANSWERS_AT_ONCE))
         self.references: list[AnswerLogits] = []
@@ -357,7 +366,8 @@ class _Evaluation:
         here = self.batch.rows(rows)
         values = _values(self.ablation.baseline, self.model, here)
         values = values if isinstance(values, NodeValues) else at_answers(values, here)
-        with evaluating(self.model), self.model.hooks(fwd_hooks=holding_hooks(self.kept, values, shares)):
+        hooks = holding_hooks(self.kept, values, shares)
+        with evaluating(self.model), self.within(self.model), self.model.hooks(fwd_hooks=hooks):
             return answer_logits(self.model, here)
 
     def _of_chunk(self, rows: Tensor, shares: Shares | None) -> Shares | None:

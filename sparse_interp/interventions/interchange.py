@@ -14,10 +14,10 @@ The same as a `with` block, for runs of your own, is `ablate(model, nodes, Count
 subspaces, learned ones too, TransformerLens has `SubspaceInterchange` and `fit_das`, which are right on our models.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sparse_interp.axes import PerPrompt
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.ablation import Masks, holding_hooks
+from sparse_interp.interventions.ablation import Masks, Running, holding_hooks
 from sparse_interp.interventions.answers import answer_logits, at_answers
 from sparse_interp.interventions.baselines import values_on
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -34,9 +34,6 @@ from sparse_interp.model.sites import Node, masks
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import Metric, TaskBatch, logit_difference
-
-Running = Callable[[AnyModel], AbstractContextManager[Any]]
-"""A block inside which a model runs as something else: `circuit.running`, say."""
 
 ANSWERS_AT_ONCE = 128
 """Prompts per forward pass."""

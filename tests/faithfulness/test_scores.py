@@ -10,7 +10,8 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit
-from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.ablation import Ablation, ablate
+from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.interventions.baselines import mean_activations
 
 built = {}
@@ -169,3 +170,63 @@ def test_divergence_from_oneself_is_never_below_zero(generator):
     batch = truth.task.batch(8, "test", generator=generator)
     logits = torch.randn(8, 50, generator=generator) * 20
     assert prompt_scores(logits + 1e-6, logits, batch).kl.min() > -1e-9
+
+
+# -- other ablations --------------------------------------------------------------------------------------------------
+
+
+def test_a_circuit_of_all_nodes_is_the_model_under_any_ablation(generator):
+    truth, means = hand_built("quote")
+    pairs = truth.task.batch(8, "test", generator=generator)
+    whole = circuit_of("quote", all_nodes(truth.model.cfg))
+    for ablation in (Ablation.adversarial(means, n_steps=2, n_draws=1), Ablation.counterfactual()):
+        scores = score_circuit(truth.model, whole, pairs, ablation, generator=generator)
+        assert scores.circuit.kl.abs().max() == 0 and scores.ablation == ablation.name
+
+
+def test_the_key_of_a_hand_built_model_survives_its_adversary_and_half_of_it_does_not(generator):
+    """All else in the model takes no part: whatever is left of it, the key goes on as the model does."""
+    truth, means = hand_built("attention_copy")
+    pairs = truth.task.batch(8, "test", generator=generator)
+    found = {}
+    for name, nodes in (("key", truth.nodes), ("part", sorted(truth.nodes)[1:])):
+        for kind in ("full", "stochastic", "adversarial"):
+            ablation = {"full": Ablation.full(means), "stochastic": Ablation.stochastic(means, n_draws=3)}.get(
+                kind, Ablation.adversarial(means, n_steps=4, n_draws=3)
+            )
+            seed = torch.Generator().manual_seed(0)
+            scores = score_circuit(truth.model, circuit_of("attention_copy", nodes), pairs, ablation, generator=seed)
+            found[name, kind] = scores.circuit.kl.mean().item()
+    assert max(found["key", kind] for kind in ("full", "stochastic", "adversarial")) < 1e-3
+    assert found["part", "adversarial"] >= found["part", "stochastic"] and found["part", "adversarial"] > 0.1
+
+
+def test_scores_of_a_stochastic_ablation_are_means_over_its_draws(generator):
+    truth, means = hand_built("attention_copy")
+    pairs, circuit = truth.task.batch(6, "test", generator=generator), circuit_of("attention_copy", [])
+    seed = lambda: torch.Generator().manual_seed(0)
+    ablation = Ablation.stochastic(means, n_draws=3)
+    scores = score_circuit(truth.model, circuit, pairs, ablation, generator=seed())
+    draws = ablation.answer_logits(truth.model, circuit.kept, scores.batch, generator=seed())
+    each = [prompt_scores(logits, scores.reference, scores.batch).kl for logits in draws]
+    torch.testing.assert_close(scores.circuit.kl, torch.stack(each).mean(0))
+    assert (each[0] - each[1]).abs().max() > 1e-4
+    assert torch.equal(scores.nothing.kl, score_circuit(truth.model, circuit, pairs).nothing.kl)
+
+
+def test_edges_that_a_circuit_lacks_are_cut_under_every_ablation_and_in_the_ablated_run_alone(generator):
+    truth, means = hand_built("attention_copy")
+    pairs = truth.task.batch(6, "test", generator=generator)
+    nodes = all_nodes(truth.model.cfg)
+    none = {
+        matrix: torch.zeros_like(mask)
+        for matrix, mask in circuit_of("attention_copy", nodes).edge_masks(truth.model).items()
+    }
+    circuit = Circuit.of_nodes(truth.model, nodes, means, edges=none)
+    with circuit.running(truth.model), torch.no_grad():
+        batch = both_sides(pairs)
+        expected = all_answer_logits(truth.model, batch)
+    for ablation in (None, Ablation.counterfactual(), Ablation.adversarial(means, n_steps=1, n_draws=1)):
+        scores = score_circuit(truth.model, circuit, pairs, ablation, generator=generator)
+        torch.testing.assert_close(scores.circuit.kl, prompt_scores(expected, scores.reference, batch).kl)
+        assert scores.circuit.kl.mean() > 0.1 and scores.model.kl.abs().max() == 0
