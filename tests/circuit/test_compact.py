@@ -12,7 +12,7 @@ from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import NODE_SITES, Node, NodeAt, NodeValues, masks, places, width
 
 MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [1] * 5 + [0] * 2])
-SHARES = (1.0, 0.6, 0.3, 0.1, 0.0)
+SHARES = (1.0, 0.6, 0.3, 0.1)
 
 
 def thinned(model, share):
@@ -47,7 +47,7 @@ def assert_runs_as(circuit, model, tokens, *attention_masks, atol=1e-10):
 
 
 def test_a_compact_circuit_has_the_logits_of_the_running_one(any_model, some_nodes, tokens):
-    for share, density in zip(SHARES, (1.0, 0.4, 0.4, 0.15, 0.4), strict=True):
+    for share, density in zip(SHARES, (1.0, 0.4, 0.4, 0.15), strict=True):
         model = thinned(any_model, density)
         circuit = Circuit.of_nodes(model, some_nodes(model, share, seed=int(10 * share)), means_of(model))
         assert_runs_as(circuit, model, tokens, None, MASK)
@@ -81,7 +81,7 @@ def test_one_node_at_a_time_is_in_or_out_and_the_logits_agree(sparse, tokens):
     means = means_of(model)
     everything = [Node(p.layer, p.site, c) for p in places(model.cfg) for c in range(width(model.cfg, p.site))]
     draw = torch.Generator().manual_seed(0)
-    for i in torch.randperm(len(everything), generator=draw)[:8].tolist():
+    for i in torch.randperm(len(everything), generator=draw)[:5].tolist():
         node = everything[i]
         ends = [n for n in everything if n.site in ("final_read", "attn_write", "attn_read")]
         for nodes in ({node, *ends}, set(everything) - {node}):
