@@ -41,12 +41,21 @@ from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, NodeGates
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeAt, NodeValues
+from sparse_interp.model.sites import Node, NodeAt, NodeValues, n_nodes
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, lines
 from sparse_interp.tasks.task import TaskBatch, answer_loss, logit_difference_error
 
 TAU_RANGE = (-1.0, 1.5)
+
+PADDED = 1.25
+"""By how much the longest prompts of masks that run together may differ: padding is computed too."""
+
+ACTIVATIONS_TOGETHER = 2**22
+"""Nodes x tokens up to which masks run together on a CPU: beyond its caches a pass of all is no faster than several."""
+
+MOST_TOKENS = 2**20
+"""Tokens of a pass on other devices."""
 IN_COMMON = (
     "n_steps",
     "batch_size",
@@ -174,13 +183,49 @@ def train_gates(model: HookedModel, pairs: TaskBatch, gates: Gates, *, progress:
             running = [search for search in searches if not search.stopped]
             if not running:
                 break
-            fits = _fits(model, gates, running, batch, reference, step)
-            grads = torch.autograd.grad(fits.sum(), [search.tau for search in running])
-            for search, fit, grad in zip(running, fits.tolist(), grads, strict=True):
-                search.update(step, fit, grad)
+            _step(model, gates, running, batch, reference, step)
             if step % 10 == 0:
                 steps.set_postfix_str("; ".join(search.said for search in searches[:4]))
     return [search.history for search in searches]
+
+
+def _step(
+    model: HookedModel,
+    gates: Gates,
+    running: "Sequence[_Search]",
+    batch: TaskBatch,
+    reference: AnswerLogits,
+    step: int,
+) -> None:
+    """One step of every running mask on prompts that it draws."""
+    for search in running:
+        search.rows = next(search.draws)
+    for group in _alike(running, batch.lengths, _most_tokens(model)):
+        fits = _fits(model, gates, group, batch, reference, step)
+        grads = torch.autograd.grad(fits.sum(), [search.tau for search in group])
+        for search, fit, grad in zip(group, fits.tolist(), grads, strict=True):
+            search.update(step, fit, grad)
+
+
+def _alike(searches: "Sequence[_Search]", lengths: Int[Tensor, " prompt"], most_tokens: int) -> "list[list[_Search]]":
+    """The masks of a step in groups that run together: prompts of like length, and no more tokens than pays."""
+    longest = {search.i: int(lengths[search.rows].max()) for search in searches}
+    groups: list[list[_Search]] = []
+    for search in sorted(searches, key=lambda search: longest[search.i]):
+        group = groups[-1] if groups else []
+        n_tokens = longest[search.i] * sum(len(other.rows) for other in (*group, search))
+        if group and n_tokens <= most_tokens and longest[search.i] <= PADDED * longest[group[0].i]:
+            group.append(search)
+        else:
+            groups.append([search])
+    return groups
+
+
+def _most_tokens(model: HookedModel) -> int:
+    """How many tokens of several masks run in one pass: on a CPU until their activations fill its caches."""
+    if model.embed.W_E.device.type != "cpu":
+        return MOST_TOKENS
+    return ACTIVATIONS_TOGETHER // n_nodes(model.cfg)
 
 
 def _fits(
@@ -191,9 +236,9 @@ def _fits(
     reference: AnswerLogits,
     step: int,
 ) -> Float[Tensor, " mask"]:
-    """What each running mask's gates are worth on the prompts that it draws: the mean of its objective over schemes."""
+    """What each mask's gates are worth on its prompts, in one pass: the mean of its objective over schemes."""
     config, chosen = gates.configs[0], [search.i for search in running]
-    rows = [next(search.draws) for search in running]
+    rows = [search.rows for search in running]
     counts, joined = [len(own) for own in rows], torch.cat(rows)
     here, opened = batch.rows(joined), gates.drawn(step, chosen)
     own = [batch.rows(own) for own in rows]
@@ -224,7 +269,8 @@ class _Search:
         self.objective, self.price = objective_of(self.config), _Price(self.config)
         self.draws = _draws(lengths, self.config, gates.generators[i])
         self.optimizer = torch.optim.AdamW([self.tau], lr=self.config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.rows: list[tuple[int, float, int, float]] = []
+        self.rows: Int[Tensor, " prompt"] = torch.empty(0, dtype=torch.long)
+        self.steps: list[tuple[int, float, int, float]] = []
 
     def update(self, step: int, fit: float, grad: Float[Tensor, " gate"]) -> None:
         """One step on the gates, from the batch's objective and its gradient."""
@@ -239,7 +285,7 @@ class _Search:
         self.optimizer.step()
         with torch.no_grad():
             self.tau.clamp_(*TAU_RANGE)  # a gate that went further could not come back in time
-        self.rows.append((step + 1, fit, self.gates.n_open(self.i), self.price.now))
+        self.steps.append((step + 1, fit, self.gates.n_open(self.i), self.price.now))
 
     @property
     def stopped(self) -> bool:
@@ -247,19 +293,19 @@ class _Search:
         n = self.config.stop_after
         if not n:
             return False
-        quiet = [n_open for step, _, n_open, _ in self.rows[-n:] if not self.config.noise_scale(step - 1)]
+        quiet = [n_open for step, _, n_open, _ in self.steps[-n:] if not self.config.noise_scale(step - 1)]
         return len(quiet) == n and max(quiet) - min(quiet) <= 0.01 * max(quiet)
 
     @property
     def said(self) -> str:
         """Where the search stands, in words."""
-        _, fit, n_open, _ = self.rows[-1]
+        _, fit, n_open, _ = self.steps[-1]
         return f"{self.config.objective} {fit:.3f}, open {n_open}"
 
     @property
     def history(self) -> SearchHistory:
         """Every step so far."""
-        return SearchHistory(pd.DataFrame(self.rows, columns=list(SearchHistory.columns)))
+        return SearchHistory(pd.DataFrame(self.steps, columns=list(SearchHistory.columns)))
 
 
 Objective = Callable[[AnswerLogits, AnswerLogits, TaskBatch], Float[Tensor, ""]]
