@@ -242,6 +242,7 @@ def test_the_heads_of_induction_look_one_back_and_for_what_came_after_the_same_k
     assert channels.share.to_numpy() == pytest.approx(0.5, abs=0.1), "two key bits, one channel each"
     assert all(follows.startswith("after ") for follows in channels.k_follows)
     position = head_of(reading.channels.frame, 0, 0, query=EVERY)
+    assert position.set_index("q").wants["L0.q.1"] == "low", "its q is -10 everywhere"
     assert set(position.k_follows) == {"told by position"} and (position.share.abs() > 0.5).all()
 
 
