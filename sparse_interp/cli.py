@@ -296,7 +296,7 @@ def find(
         int | None, Option(help="Search settings too, this many; the same command goes on after an interruption.")
     ] = None,
     calibrate: Annotated[bool, Option("--calibrate", help="Report losses with scaled logits too.")] = False,
-    edges: Annotated[bool, Option("--edges", help="Then prune the weights between its nodes as well.")] = False,
+    edges: Annotated[bool, Option("--edges", help="Nodes at half of --max-kl, then the weights between them.")] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -305,6 +305,9 @@ def find(
     config = PruneConfig(objective=objective, n_steps=steps, k_coef=price, max_kl=max_kl, calibrate=calibrate)
     network, prompts = _model_and_task(model, task, threads)
     _claim(out)
+    asked = config
+    if edges:  # nodes alone would use up all the divergence that is allowed, and leave no edge to drop
+        config = replace(config, max_kl=max_kl / 2)
     result: dict[str, Any] = {"circuit": str(out / CIRCUIT)}
     if trials is None:
         circuit = _found(network, prompts, model, config, seed)
@@ -317,7 +320,7 @@ def find(
         result |= {"n_trials": len(search), "budget": search.summary}
     if edges:
         result |= {"n_nodes_before": circuit.n_nodes, "n_edges_before": circuit.n_edges}
-        circuit = find_edges(network, circuit, prompts, generator=torch.Generator().manual_seed(seed))
+        circuit = find_edges(network, circuit, prompts, asked, generator=torch.Generator().manual_seed(seed))
     circuit.save(out / CIRCUIT)
     circuit.save_tables(out)
     result |= {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}

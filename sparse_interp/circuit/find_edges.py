@@ -90,7 +90,8 @@ def find_edges(
 
     Args:
         model: the model, in any mode: ours, or a dense one of TransformerLens.
-        circuit: where the search begins: its nodes, its edges and its baseline. None begins with all nodes.
+        circuit: where the search begins: its nodes, its edges and its baseline. None begins with all nodes. A circuit
+            that only just meets the stopping rule leaves little to drop: find its nodes under a stricter one.
         task: prompts in the model's own tokens.
         config: how to search; None takes the circuit's own, or the defaults. A gate is that of an edge here.
         baseline: what cut edges carry and nodes outside hold, where no circuit says it; None takes the means over text
