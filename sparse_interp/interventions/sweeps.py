@@ -267,6 +267,8 @@ class _Sweep:
     ) -> Iterator[int]:
         """The same with all prompts of some items in each pass."""
         items, counts = rows.item.unique(return_counts=True)
+        if not len(items):
+            return
         prompts, at = torch.arange(len(self.asked), device=items.device), self.asked.at
         n_labels = 1 if at is None else at.shape[1]
         together = 1 if self.overheard else self.budget.n_rows(self.asked.n_pos, 0) // len(self.asked)

@@ -89,14 +89,14 @@ def test_integrated_inputs_are_mean_slopes_between_the_two_embeddings(make_model
 
 def test_integrated_nodes_of_a_place_add_up_to_the_effect_of_patching_all_of_it(make_model, batch):
     model = make_model(afrac=None).double()
-    sites = ("k", "neuron", "mlp_write")
-    table = attribute_nodes(model, batch, sites=sites, method="integrated nodes", steps=40, progress=False).frame
+    sites = ("k", "neuron")
+    table = attribute_nodes(model, batch, sites=sites, method="integrated nodes", steps=8, progress=False).frame
     before = metric_with(model, batch, logit_difference, [])
     for place in places(model.cfg, sites):
         (clean,) = seen_by(model, batch, batch.clean, place.hook)
         whole = metric_with(model, batch, logit_difference, [(place.hook, lambda x, hook, clean=clean: clean)])
         found = table[(table.layer == place.layer) & (table.site == place.site)].effect.sum()
-        assert found == pytest.approx(whole - before, abs=1e-3), place
+        assert found == pytest.approx(whole - before, abs=5e-3), place
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated inputs", "integrated nodes"])
@@ -252,7 +252,8 @@ def test_a_bridge_has_the_estimates_of_our_model_with_the_same_weights(dense_scr
     weights = dense_script.random_weights(shape, std=0.3)
     models = dense_script.our_model(shape, weights), dense_script.bridge(shape, weights)
     for method in ("gradient", "integrated inputs", "integrated nodes"):
-        tables = [attribute_nodes(m, batch, method=method, steps=1, progress=False).frame for m in models]
+        asked = {"sites": ("k", "neuron", "final_read"), "method": method, "steps": 1, "progress": False}
+        tables = [attribute_nodes(m, batch, **asked).frame for m in models]
         assert tables[1].effect.to_list() == pytest.approx(tables[0].effect.to_list(), abs=5e-5)
     edges = [attribute_edges(m, batch).frame for m in models]
     assert edges[1].source.equals(edges[0].source) and edges[1].target.equals(edges[0].target)
