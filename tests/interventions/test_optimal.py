@@ -27,7 +27,7 @@ def test_constants_of_the_last_read_that_least_squares_would_choose_are_found(ma
     place = Place(2, "final_read")
     kept = {p: torch.full((width(model.cfg, p.site),), p != place) for p in places(model.cfg)}
     options = {"held_out": pairs, "loss": squared, "generator": seeded(), "progress": False}
-    found = learn_baseline(model, kept, pairs, zero_values(model), n_steps=150, lr=0.1, **options)
+    found = learn_baseline(model, kept, pairs, zero_values(model), n_steps=80, lr=0.2, **options)
     with torch.no_grad():
         both = both_sides(pairs)
         reads = model.run_with_cache(both.clean)[1][place.hook][torch.arange(6), both.last]
@@ -43,7 +43,7 @@ def test_they_cost_less_than_the_mean_and_the_table_says_what_they_cost_on_other
     start, weights = task_means(any_kind, pairs), [p.clone() for p in any_kind.parameters()]
     train, held_out = pairs.rows(slice(2)), pairs.rows(slice(2, 3))
     options = {"held_out": held_out, "generator": seeded(), "progress": False}
-    found = learn_baseline(any_kind, kept, train, start, n_steps=20, **options)
+    found = learn_baseline(any_kind, kept, train, start, n_steps=10, **options)
     for split, batch in (("train", both_sides(train)), ("held out", both_sides(held_out))):
         rows = found.frame[found.frame.split == split]
         for values, row in ((start, rows.iloc[0]), (found.baseline, rows[rows.chosen].iloc[0])):
