@@ -252,7 +252,7 @@ def test_a_budget_in_which_nothing_fits_is_refused_with_numbers(wide, metric):
         patch_nodes(model, batch, everywhere, sites=("v",), budget_bytes=3_500_000, progress=False)
 
 
-def test_memory_is_flat_over_hundreds_of_sweeps(make_model, batch):
+def test_memory_is_flat_over_a_hundred_sweeps(make_model, batch):
     model = make_model(n_layers=1, afrac=None)
 
     def held():
