@@ -5,14 +5,10 @@
     3  estimate in one gradient what each edge that is left costs; drop the least needed while the rule holds; repeat
     4  the same with each edge cut on its own, which is exact
 
-What counts is always what is connected: an edge needs a source and a target that are still there, and a node needs
-edges. A read, a v node and a neuron need one that leaves them, and all but reads one that enters; a write needs a later
-read of its channel. A q or a k needs a write that its head steers, which counts as entering there: by an edge from a v
-node, or with a sink by any weight, since even a constant is written more or less as the sink takes less or more. The
-stream needs nothing, and feeds all reads. A node that lacks what it needs is outside the circuit, at its baseline.
+What counts is always what is connected (interventions/connections.py says what that takes), in training too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -25,38 +21,25 @@ from tqdm import tqdm
 from sparse_interp.circuit.find import fit_rows
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.interventions.ablation import Masks, less
+from sparse_interp.interventions.connections import Connections
+from sparse_interp.interventions.edge_gates import learn_edge_gates
 from sparse_interp.interventions.edges import (
     EdgeUnits,
-    by_row,
     cut_estimates,
     cutting,
     edges_among,
-    learn_edge_gates,
     row_values,
 )
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix, split_pairs
-from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.edges import EdgeGate, Matrix
 from sparse_interp.model.sites import (
-    ATTN_READ,
-    ATTN_WRITE,
-    MLP_READ,
-    MLP_WRITE,
-    K,
     Node,
     NodeValues,
     Place,
-    Q,
-    Site,
-    V,
-    Wire,
-    group_size,
     masks,
-    wires,
 )
-from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.model.zoo import means_of
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
@@ -113,14 +96,13 @@ def find_edges(
     start = _Start.of(model, circuit, config, baseline)
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
-    search = learn_edge_gates(
-        model, train, config, start.baseline, start.kept, start.units, generator=generator, progress=progress
-    )
+    connections = Connections(model, start.kept, start.units, start.sites)
+    search = learn_edge_gates(model, train, config, start.baseline, connections, generator=generator, progress=progress)
     selection = Selection(model, select, start.baseline, frozen_norms=config.frozen_norms)
-    sizing = _Sizing(model, start, selection, config, progress)
+    sizing = _Sizing(model, start, connections, selection, config, progress)
     chosen = sizing.needed(sizing.first(search.order, search.n_open))
     chosen, cost = sizing.without_idle(chosen)
-    nodes = start.nodes_of(sizing.connected(chosen)[1])
+    nodes = start.nodes_of(sizing.connections.of(chosen)[1])
     found = Circuit.of_nodes(
         model,
         nodes,
@@ -178,89 +160,19 @@ class _Start:
 class _Sizing:
     """Candidates, each a choice of units, on the selection pairs."""
 
-    def __init__(self, model: HookedModel, start: _Start, selection: Selection, config: PruneConfig, progress: bool):
-        self.model, self.start, self.selection, self.config, self.progress = model, start, selection, config, progress
+    def __init__(
+        self,
+        model: HookedModel,
+        start: _Start,
+        connections: Connections,
+        selection: Selection,
+        config: PruneConfig,
+        progress: bool,
+    ):
+        self.model, self.start, self.connections = model, start, connections
+        self.selection, self.config, self.progress = selection, config, progress
         self.units = start.units
-        self.sink = isinstance(model, HookedSparseTransformer) and model.cfg.sink
         self.everything, _ = self.units.masks(torch.ones(len(self.units), dtype=torch.bool))
-
-    def connected(self, chosen: Chosen) -> tuple[Chosen, Masks]:
-        """The chosen units that are connected, and the nodes that they join."""
-        edges, end = self.units.masks(chosen)
-        kept = dict(self.start.kept)
-        if len(self.units.channels):
-            kept[self.units.end] = end
-        n_before = -1
-        while n_before != (n_now := sum(int(mask.sum()) for mask in (*kept.values(), *edges.values()))):
-            n_before = n_now
-            for place in kept:
-                if place.site in self.start.sites and place != self.units.end:
-                    kept[place] = kept[place] & self._has_role(place, edges, kept)
-            for matrix, mask in edges.items():
-                wire = next(w for w in wires(self.model.cfg) if w.weight_name == matrix.name)
-                sources, targets = (kept[Place(matrix.layer, site.name)] for site in (wire.source, wire.target))
-                edges[matrix] = mask & by_row(self.model.cfg, wire, sources)[:, None] & targets
-        parts = [edges[matrix][entries] for matrix, entries in self.units.entries.items()]
-        return torch.cat([*parts, kept[self.units.end][self.units.channels]]), kept
-
-    def _has_role(self, place: Place, edges: Mapping[Matrix, Tensor], kept: Masks) -> Bool[Tensor, " node"]:
-        """Which nodes of a place have what they need, as far as there are gates on it."""
-        cfg, layer, needed = self.model.cfg, place.layer, torch.ones_like(kept[place])
-        entering = [wire for wire in wires(cfg) if wire.target.name == place.site]
-        if entering and self._gated(*(wire.source for wire in entering)):
-            entered = [self._ends(layer, wire, edges, 0) for wire in entering]
-            if place.site == ATTN_WRITE.name:
-                entered.append(self._steered(layer, edges, kept))
-            needed = needed & _any(entered, needed)
-        leaving = [wire for wire in wires(cfg) if wire.source.name == place.site]
-        if leaving and self._gated(*(wire.target for wire in leaving)):
-            needed = needed & _any([self._ends(layer, wire, edges, 1) for wire in leaving], needed)
-        if place.site in (Q.name, K.name) and self._gated(V, ATTN_WRITE):
-            steers = (self._steering(layer, edges) & kept[Place(layer, ATTN_WRITE.name)]).any(1)
-            rows = steers[:, None].expand(-1, cfg.d_head).flatten()
-            needed = needed & (rows if place.site == Q.name else _over_heads(cfg, rows))
-        if place.site in (ATTN_WRITE.name, MLP_WRITE.name):
-            needed = needed & self._read_later(place, kept)
-        return needed
-
-    def _gated(self, *sites: Site) -> bool:
-        return all(site.name in self.start.sites for site in sites)
-
-    def _ends(self, layer: int, wire: Wire, edges: Mapping[Matrix, Tensor], axis: int) -> Tensor | None:
-        """Which targets (axis 0) or sources (axis 1) of a wire have an edge."""
-        mask = edges.get(Matrix(layer, wire.weight_name))
-        if mask is None:
-            return None
-        there = mask.any(axis)
-        return _over_heads(self.model.cfg, there) if axis == 1 and wire.source is V else there
-
-    def _steering(self, layer: int, edges: Mapping[Matrix, Tensor]) -> Bool[Tensor, "head d_model"]:
-        """Which writes the pattern of each head changes."""
-        cfg = self.model.cfg
-        wire = next(wire for wire in wires(cfg) if wire.target is ATTN_WRITE)
-        there = edges.get(Matrix(layer, wire.weight_name))
-        if self.sink:
-            there = wire.weight(self.model.layers[layer]).detach().cpu() != 0
-        if there is None:
-            return torch.zeros(cfg.n_heads, cfg.d_model, dtype=torch.bool)
-        return there.unflatten(0, (cfg.n_heads, cfg.d_head)).any(1)
-
-    def _steered(self, layer: int, edges: Mapping[Matrix, Tensor], kept: Masks) -> Bool[Tensor, " node"]:
-        """Which writes change with a q or a k that is there."""
-        cfg = self.model.cfg
-        q, k = (kept[Place(layer, site.name)] for site in (Q, K))
-        wire = next(wire for wire in wires(cfg) if wire.source is V)
-        there = (q | by_row(cfg, wire, k)).unflatten(0, (cfg.n_heads, cfg.d_head)).any(1)
-        return self._steering(layer, edges)[there].any(0)
-
-    def _read_later(self, place: Place, kept: Masks) -> Bool[Tensor, " node"]:
-        """Which channels of a write are read by anybody after it."""
-        cfg = self.model.cfg
-        after = [
-            Place(layer, site.name) for layer in range(place.layer + 1, cfg.n_layers) for site in (ATTN_READ, MLP_READ)
-        ]
-        after += [Place(place.layer, MLP_READ.name)] * (place.site == ATTN_WRITE.name)
-        return torch.stack([kept[read][: cfg.d_model] for read in (*after, self.units.end)]).any(0)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -272,14 +184,14 @@ class _Sizing:
 
     def fit(self, chosen: Chosen) -> Fit:
         """How what is connected of the chosen units does."""
-        chosen, kept = self.connected(chosen)
+        chosen, kept = self.connections.of(chosen)
         with self._cut(chosen):
             return self.selection.fit(kept)
 
     def first(self, order: Tensor, n_open: int) -> Chosen:
         """The smallest prefix of a ranking that meets the rule."""
         n = smallest_prefix(len(order), lambda n: self.fit(self._of(order[:n])).enough(self.config), n_open)
-        return self.connected(self._of(order[:n]))[0]
+        return self.connections.of(self._of(order[:n]))[0]
 
     def _of(self, units: Tensor) -> Chosen:
         return torch.zeros(len(self.units), dtype=torch.bool).index_fill(0, units, True)
@@ -288,7 +200,7 @@ class _Sizing:
         """What is left of the chosen units when those that cost least have gone, as many as the rule allows."""
         for n_pass in range(MAX_ESTIMATED_PASSES + MAX_PASSES):
             if n_pass < MAX_ESTIMATED_PASSES:
-                cost = cut_estimates(self.selection, self.connected(chosen)[1], self.units, chosen)
+                cost = cut_estimates(self.selection, self.connections.of(chosen)[1], self.units, chosen)
             else:
                 cost = self.costs(chosen, f"cuts {n_pass - MAX_ESTIMATED_PASSES + 1}")
             members = chosen.nonzero().flatten()
@@ -307,7 +219,7 @@ class _Sizing:
             cost, fewer = self.costs(chosen, "importance"), chosen
             idle = (chosen & (cost.abs() <= NO_EFFECT_NATS)).nonzero().flatten()
             for units in (idle, *idle[:, None]):
-                without = self.connected(fewer & ~self._of(units))[0]
+                without = self.connections.of(fewer & ~self._of(units))[0]
                 if not torch.equal(without, fewer) and self.fit(without).enough(self.config):
                     fewer = without
             if torch.equal(fewer, chosen):
@@ -317,7 +229,7 @@ class _Sizing:
     @torch.no_grad()
     def costs(self, chosen: Chosen, title: str) -> Float[Tensor, " unit"]:
         """By how much the mean KL(model || circuit) grows when a unit is cut too, nats; nan for those not chosen."""
-        kept = self.connected(chosen)[1]
+        kept = self.connections.of(chosen)[1]
         by_layer: dict[int, list[tuple[int, Matrix | Place, int]]] = {}
         groups = [(group, i) for group, n in self.units.sizes.items() for i in range(n)]
         for unit in chosen.nonzero().flatten().tolist():
@@ -350,7 +262,7 @@ class _Sizing:
     @torch.no_grad()
     def importance_of(self, nodes: list[Node], chosen: Chosen) -> dict[Node, float]:
         """By how much the divergence grows when a node is held at its baseline, nats."""
-        kept = self.connected(chosen)[1]
+        kept = self.connections.of(chosen)[1]
         in_order = sorted(nodes, key=lambda node: node.layer)
         without: dict[int, list[Masks]] = {}
         for node in in_order:
@@ -375,13 +287,3 @@ def _with_importance(circuit: Circuit, units: EdgeUnits, cost: Float[Tensor, " u
     at = circuit.entries
     known = [float(spread[Matrix(*row[:2])][row[2:]]) for row in at.itertuples(index=False)]
     return circuit.edges.assign(importance_nats=pd.Series(known, index=at.index, dtype=float))
-
-
-def _any(parts: list[Tensor | None], like: Tensor) -> Tensor:
-    there = [part for part in parts if part is not None]
-    return torch.stack(there).any(0) if there else torch.zeros_like(like)
-
-
-def _over_heads(cfg: AnyShape, rows: Bool[Tensor, " row"]) -> Bool[Tensor, " node"]:
-    """For nodes that several query heads share, whether any of their rows has it."""
-    return rows.unflatten(0, (-1, group_size(cfg), cfg.d_head)).any(1).flatten()

@@ -1,7 +1,7 @@
-"""Edges as nodes are: which there are, what cutting some of them means, and one gate for each, learned by gradient.
+"""Edges as nodes are: which there are, what cutting some of them means, and what it would cost to cut each.
 
-    m_e = 1[tau_e + s u >= 0]                              one gate per non-zero within-block weight, as in gates.py
     message_e  <-  W_e ( b_s + m_e (x_s - b_s) )           before AbsTopK acts on the target (model/edges.py)
+    cut: m_e = 0
 
 Gao et al. 2025 (arXiv 2511.13653) prune nodes and count the weights between those that are left; to prune the weights
 themselves they name as future work. Identity wires along the residual stream have no gates: without a copy of the
@@ -9,7 +9,7 @@ stream per read the norm would be undefined. The channels that are unembedded ar
 each has the gate of a node.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,21 +17,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import Masks, Values, holding_hooks, partial
-from sparse_interp.interventions.answers import answer_logits, at_answers, frozen
-from sparse_interp.interventions.baselines import Baseline
-from sparse_interp.interventions.gates import Gates, Meeting
-from sparse_interp.interventions.norms import frozen_norms, norm_scales
-from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.interventions.pruning import SearchHistory, train_gates
+from sparse_interp.interventions.answers import answer_logits, frozen
 from sparse_interp.interventions.selection import AT_ONCE, Selection
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.edges import EdgeGate, Matrix
 from sparse_interp.model.sites import FINAL_READ, FINAL_RESID, NodeValues, Place, V, Wire, group_size, wires
 from sparse_interp.model.text import evaluating
-from sparse_interp.tasks.task import TaskBatch, kl_divergence
+from sparse_interp.tasks.task import kl_divergence
 
 EdgeMasks = Mapping[Matrix, Bool[Tensor, "source target"]]
 """For some weight matrices, which of their entries; rows and columns are those of `Wire.weight`."""
@@ -183,92 +177,3 @@ def cut_estimates(
             grads = torch.autograd.grad(kl, list(left.values()), allow_unused=True, materialize_grads=True)
             total = [so_far + grad for so_far, grad in zip(total, grads, strict=True)]
     return -torch.cat(total).cpu()
-
-
-class EdgeGates(Gates):
-    """One gate per edge of a circuit, or of a whole model, and one per channel that is unembedded.
-
-    Args:
-        model: the model.
-        baseline: what is carried where a gate is shut, and what nodes outside hold.
-        kept: the nodes that are not outside.
-        units: what has a gate.
-        config: how the gates are learned.
-        generator: draws their starts and their noise.
-    """
-
-    def __init__(
-        self,
-        model: HookedModel,
-        baseline: Baseline,
-        kept: Masks,
-        units: EdgeUnits,
-        config: PruneConfig,
-        generator: torch.Generator,
-    ):
-        self.model, self.kept, self.units, self.frozen_norms = model, kept, units, config.frozen_norms
-        self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
-        super().__init__(units.sizes, units.sizes, [config], [generator], model.embed.W_E)
-
-    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
-        """Blocks in which edges and the end are gated and nodes outside held, over the values for these prompts."""
-        values = self.baseline
-        if not isinstance(values, NodeValues):
-            values = at_answers(values.on(self.model, rows), rows)
-        scales = norm_scales(self.model, rows) if self.frozen_norms else {}
-
-        @contextmanager
-        def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
-            left = {group: m[0] for group, m in opened.items()}
-            if shares is not None:
-                left = {group: m + (1 - m) * shares[group][0] for group, m in left.items()}
-            with frozen_norms(self.model, scales), gating(self.model, self.kept, self.units, values, left):
-                yield
-
-        return block
-
-    def order(self) -> Int[Tensor, " unit"]:
-        """Units by their gates, the most needed first."""
-        keys = torch.stack([self.taus[0].detach(), self.gains[0]], 1).cpu()
-        by_gain = keys[:, 1].argsort(descending=True, stable=True)
-        return by_gain[keys[by_gain, 0].argsort(descending=True, stable=True)]
-
-
-@dataclass(frozen=True)
-class EdgeSearch:
-    """What learn_edge_gates found: a ranking of edges, and how the search went."""
-
-    order: Int[Tensor, " unit"]
-    """Units, the most needed first."""
-
-    n_open: int
-    """How many of them, from the front, have an open gate."""
-
-    history: SearchHistory
-    """One row per step."""
-
-
-def learn_edge_gates(
-    model: HookedModel,
-    pairs: TaskBatch,
-    config: PruneConfig,
-    baseline: Baseline,
-    kept: Masks,
-    units: EdgeUnits,
-    *,
-    generator: torch.Generator,
-    progress: bool = False,
-) -> EdgeSearch:
-    """Train one gate per unit on `pairs`, nodes outside `kept` held at their baseline, and rank what has a gate.
-
-    Raises:
-        ConfigError: for gates per position, which edges do not have.
-        CircuitError: if there is no edge to begin with.
-    """
-    if config.per_position:
-        raise ConfigError("per_position=True: an edge has one gate for all positions; search edges without it.")
-    if not len(units):
-        raise CircuitError("there is no edge between these nodes, and so nothing to prune.")
-    gates = EdgeGates(model, baseline, kept, units, config, generator)
-    (history,) = train_gates(model, pairs, gates, progress=progress)
-    return EdgeSearch(gates.order(), gates.n_open(0), history)

@@ -10,14 +10,14 @@ from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.answers import answer_logits, both_sides
 from sparse_interp.interventions.baselines import mean_activations, zero_values
+from sparse_interp.interventions.connections import Connections
+from sparse_interp.interventions.edge_gates import EdgeGates, learn_edge_gates
 from sparse_interp.interventions.edges import (
-    EdgeGates,
     EdgeUnits,
     cut_estimates,
     cutting,
     edges_among,
     gating,
-    learn_edge_gates,
 )
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.selection import Selection
@@ -74,7 +74,8 @@ def _source(name):
 def test_gates_that_are_open_are_the_model_and_shut_ones_are_cuts(kind, make_model, make_bridge, pairs, generator):
     model = hooked(either(make_model, make_bridge, kind))
     values, units, kept = zero_values(model), units_of(model), all_kept(model)
-    gates = EdgeGates(model, values, kept, units, QUICK, generator)
+    connections = Connections(model, kept, units, NODE_SITES)
+    gates = EdgeGates(model, values, connections, QUICK, generator)
     here = both_sides(pairs)
     chosen = torch.rand(len(units), generator=generator) < 0.7
     block = gates.meeting(here, [len(here)])
@@ -82,9 +83,11 @@ def test_gates_that_are_open_are_the_model_and_shut_ones_are_cuts(kind, make_mod
         whole = answer_logits(model, here)
         with block({group: part[None] for group, part in gates.groups(torch.ones(len(units))).items()}):
             torch.testing.assert_close(answer_logits(model, here), whole, atol=1e-5, rtol=1e-5)
-        edges, end = units.masks(chosen)
+        edges, _ = units.masks(chosen)
         cut = {matrix: mask & ~edges[matrix] for matrix, mask in edges_among(model, kept).items()}
-        shut = [Node(*units.end, channel) for channel in (~end).nonzero().flatten().tolist()]
+        _, joined = connections.of(chosen)
+        shut = [Node(*place, c) for place, mask in joined.items() for c in (~mask).nonzero().flatten().tolist()]
+        assert {node.site for node in shut} > {"final_read"}
         with ExitStack() as stack:
             stack.enter_context(cutting(model, cut, values))
             stack.enter_context(ablate(model, shut, values))
@@ -143,7 +146,12 @@ def test_training_ranks_every_unit_and_leaves_the_model_as_it_was(kind, make_mod
     units, kept, before = units_of(model), all_kept(model), {n: p.clone() for n, p in model.named_parameters()}
     searches = [
         learn_edge_gates(
-            hooked(model), pairs, QUICK, zero_values(model), kept, units, generator=torch.Generator().manual_seed(0)
+            hooked(model),
+            pairs,
+            QUICK,
+            zero_values(model),
+            Connections(hooked(model), kept, units, NODE_SITES),
+            generator=torch.Generator().manual_seed(0),
         )
         for _ in range(2)
     ]
@@ -156,9 +164,9 @@ def test_training_ranks_every_unit_and_leaves_the_model_as_it_was(kind, make_mod
 def test_what_edges_cannot_do_is_refused(plain_model, pairs, generator):
     values, kept = zero_values(plain_model), all_kept(plain_model)
     with pytest.raises(ConfigError, match="an edge has one gate for all positions"):
-        learn_edge_gates(
-            plain_model, pairs, PruneConfig(per_position=True), values, kept, units_of(plain_model), generator=generator
-        )
+        joined = Connections(plain_model, kept, units_of(plain_model), NODE_SITES)
+        learn_edge_gates(plain_model, pairs, PruneConfig(per_position=True), values, joined, generator=generator)
     none = {place: torch.zeros_like(mask) for place, mask in kept.items()}
     with pytest.raises(CircuitError, match="there is no edge between these nodes"):
-        learn_edge_gates(plain_model, pairs, QUICK, values, none, units_of(plain_model, none), generator=generator)
+        joined = Connections(plain_model, none, units_of(plain_model, none), NODE_SITES)
+        learn_edge_gates(plain_model, pairs, QUICK, values, joined, generator=generator)
