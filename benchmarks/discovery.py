@@ -1,0 +1,138 @@
+"""Circuits of every task that the bundled models solve, of nodes and of edges, on the sparse model and its dense twin.
+
+    python benchmarks/discovery.py [--model stdlib-small ...] [--task single_double_quote ...] [--seed 0]
+                                   [--found out/discovery] [--out benchmarks/results]
+
+A task counts as solved where at least 90 % of its held-out prompts are right. Node search and edge search follow the
+same rule (agreement with the model, and its task loss, on the selection pairs); what they find is scored on the test
+and the shifted split, which neither looks at. Whatever is in `--found` is not searched for again, so a run that was
+interrupted goes on. Seconds are of processor time.
+"""
+
+import argparse
+import json
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import sparse_interp as si
+from sparse_interp.circuit.graph import Circuit
+from sparse_interp.faithfulness.scores import score_circuit
+from sparse_interp.results import write_whole
+
+MODELS = ("stdlib-small", "stdlib-small-dense")
+SOLVED = 0.9
+N_PAIRS = 256
+ENOUGH_TASKS = 6
+KINDS = ("nodes", "edges")
+
+
+def solved_tasks(name: str, seed: int, folder: Path) -> list[str]:
+    """The tasks of which the model gets nine tenths of the held-out prompts right."""
+    kept = folder / name / "tasks.csv"
+    if not kept.exists():
+        scores = si.score_tasks(si.load(name), generator=torch.Generator().manual_seed(seed), progress=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scores.save(kept)
+    frame = pd.read_csv(kept)
+    return frame[(frame.split == "test") & (frame.accuracy >= SOLVED)].task.tolist()
+
+
+def found(path: Path, search) -> Circuit:
+    """The circuit in `path`; searched for and put there if it is not."""
+    if not path.exists():
+        began = time.process_time()
+        circuit = search()
+        seconds = time.process_time() - began
+        path.parent.mkdir(parents=True, exist_ok=True)
+        circuit.save(path)
+        write_whole(path.with_name("seconds.json"), json.dumps(seconds))
+    return Circuit.load(path)
+
+
+def measured(model, circuit: Circuit, task: si.Task, seed: int) -> dict:
+    """Loss, accuracy and divergence on the splits that no search has seen."""
+    row = {"nodes": circuit.n_nodes, "edges": circuit.n_edges}
+    for split in ("test", "shifted"):
+        pairs = task.batch(N_PAIRS, split=split, generator=torch.Generator().manual_seed(seed + 1))
+        scores = score_circuit(model, circuit, pairs)
+        row |= {
+            f"{split} loss, model": scores.model.task_loss.mean().item(),
+            f"{split} loss, circuit": scores.circuit.task_loss.mean().item(),
+            f"{split} right, model": scores.model.correct.mean().item(),
+            f"{split} right, circuit": scores.circuit.correct.mean().item(),
+            f"{split} KL": scores.circuit.kl.mean().item(),
+        }
+    return row
+
+
+def rows_of(name: str, task_name: str, kinds: list[str], seed: int, folder: Path) -> list[dict]:
+    """One row for the circuit of each kind; a search that finds none says why."""
+    model = si.load(name)
+    task, place = si.task(task_name, model.tokenizer), folder / name / task_name
+    rows = []
+    searches = {
+        "nodes": lambda: si.find_circuit(model, task, generator=torch.Generator().manual_seed(seed)),
+        "edges": lambda: si.find_edges(model, None, task, generator=torch.Generator().manual_seed(seed)),
+    }
+    for kind in kinds:
+        row = {"model": name, "task": task_name, "pruned": kind}
+        try:
+            circuit = found(place / kind / "circuit.json", searches[kind])
+        except si.CircuitError as error:
+            rows.append(row | {"note": str(error)})
+            continue
+        seconds = json.loads((place / kind / "seconds.json").read_text())
+        rows.append(row | measured(model, circuit, task, seed) | {"seconds": round(seconds)})
+        print(pd.DataFrame(rows[-1:]).to_string(index=False), flush=True)
+    return rows
+
+
+def geometric_means(frame: pd.DataFrame) -> pd.DataFrame | None:
+    """Edges of both models and their ratio, over the tasks of which both have a circuit; None if these are few."""
+    tables = {}
+    for kind, rows in frame.dropna(subset=["edges"]).groupby("pruned"):
+        both = rows.pivot(index="task", columns="model", values="edges").reindex(columns=list(MODELS)).dropna()
+        if len(both) >= ENOUGH_TASKS:
+            means = np.exp(np.log(both).mean())
+            tables[kind] = {**means, "tasks": len(both), "dense / sparse": means[MODELS[1]] / means[MODELS[0]]}
+    return pd.DataFrame(tables).T if tables else None
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
+    arguments.add_argument("--task", nargs="+", help="only these of the solved tasks")
+    arguments.add_argument("--pruned", nargs="+", default=list(KINDS), choices=KINDS)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--found", type=Path, default=Path("out/discovery"))
+    arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = arguments.parse_args()
+    rows = []
+    for name in given.model:
+        for task in solved_tasks(name, given.seed, given.found):
+            if given.task is None or task in given.task:
+                rows += rows_of(name, task, given.pruned, given.seed, given.found)
+    frame = pd.DataFrame(rows)
+    means = geometric_means(frame)
+    print(frame.to_string(index=False))
+    print(f"fewer than {ENOUGH_TASKS} tasks are solved by both" if means is None else means.to_string())
+    if given.task is None and set(given.model) == set(MODELS) and set(given.pruned) == set(KINDS):
+        record = {
+            "command": f"python benchmarks/discovery.py --seed {given.seed}",
+            "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "rows": json.loads(frame.to_json(orient="records")),
+            "geometric means": None if means is None else json.loads(means.to_json(orient="index")),
+        }
+        write_whole(given.out / "discovery.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
