@@ -296,21 +296,20 @@ def find(
         int | None, Option(help="Search settings too, this many; the same command goes on after an interruption.")
     ] = None,
     calibrate: Annotated[bool, Option("--calibrate", help="Report losses with scaled logits too.")] = False,
-    edges: Annotated[bool, Option("--edges", help="Nodes at half of --max-kl, then the weights between them.")] = False,
+    edges: Annotated[bool, Option("--edges", help="Prune the weights themselves, and not the nodes.")] = False,
     seed: Annotated[int, Option(help="Seed of the search.")] = 0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the smallest circuit of MODEL for TASK that the search can find; audit it next."""
     config = PruneConfig(objective=objective, n_steps=steps, k_coef=price, max_kl=max_kl, calibrate=calibrate)
+    if edges and trials is not None:
+        raise ConfigError("--trials searches settings for nodes, and --edges prunes weights; give one of the two.")
     network, prompts = _model_and_task(model, task, threads)
     _claim(out)
-    asked = config
-    if edges:  # nodes alone would use up all the divergence that is allowed, and leave no edge to drop
-        config = replace(config, max_kl=max_kl / 2)
     result: dict[str, Any] = {"circuit": str(out / CIRCUIT)}
     if trials is None:
-        circuit = _found(network, prompts, model, config, seed)
+        circuit = _found(network, prompts, model, config, seed, edges=edges)
     else:
         kept = {"baseline": _baseline(network, model), "generator": torch.Generator().manual_seed(seed)}
         search = search_circuits(network, prompts, config, n_trials=trials, folder=out / "trials", **kept)
@@ -318,9 +317,6 @@ def find(
         search.save(out / "trials.csv")
         search.size_at_budget.save(out / "size_at_budget.csv")
         result |= {"n_trials": len(search), "budget": search.summary}
-    if edges:
-        result |= {"n_nodes_before": circuit.n_nodes, "n_edges_before": circuit.n_edges}
-        circuit = find_edges(network, circuit, prompts, asked, generator=torch.Generator().manual_seed(seed))
     circuit.save(out / CIRCUIT)
     circuit.save_tables(out)
     result |= {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}
@@ -670,9 +666,13 @@ def _with_its_model(
     return circuit, network, prompts, name
 
 
-def _found(network: HookedSparseTransformer, prompts: Task, model: str, config: PruneConfig, seed: int) -> Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    return find_circuit(network, prompts, config, baseline=_baseline(network, model), generator=generator)
+def _found(
+    network: HookedSparseTransformer, prompts: Task, model: str, config: PruneConfig, seed: int, *, edges: bool = False
+) -> Circuit:
+    kept = {"baseline": _baseline(network, model), "generator": torch.Generator().manual_seed(seed)}
+    if edges:
+        return find_edges(network, None, prompts, config, **kept)
+    return find_circuit(network, prompts, config, **kept)
 
 
 def _baseline(network: HookedSparseTransformer, model: str) -> NodeValues:

@@ -483,6 +483,16 @@ def test_settings_are_searched_and_the_same_command_goes_on(command, whole_model
     assert (code, out) == (2, "") and "holds another search: its seed is 0, and here it is 1" in err
 
 
+def test_weights_are_pruned_instead_of_nodes(command, whole_model, tmp_path, easily_content):
+    line = ["find", whole_model, TASK, "--out", tmp_path, *easily_content, "--edges", "--json"]
+    code, out, err = command(*line, "--trials", 2)
+    assert (code, out) == (2, "") and "give one of the two" in err
+    code, out, err = command(*line)
+    found = Circuit.load(tmp_path / "circuit.json")
+    assert code == 0 and found.edges_pruned and found.n_edges == json.loads(out)["n_edges"], err
+    assert found.edges[found.edges.kind == "weight"].importance_nats.notna().all()
+
+
 def test_rivals_leave_their_circuits_and_tables(command, whole_model, tmp_path, easily_content):
     line = ["rivals", "--model", whole_model, "--task", TASK, "--out", tmp_path, "--seeds", 2, "--prompts", 4]
     code, out, err = command(*line, *easily_content, "--seed", 3, "--json")
