@@ -1,6 +1,8 @@
 """What tests share: a seeded generator, one thread, and no state that outlives a test."""
 
+import functools
 import importlib.util
+import inspect
 import os
 import shutil
 import socket
@@ -8,8 +10,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ForwardRef, ParamSpec, TypeVar, get_args
 
+import jaxtyping
 import pytest
 import torch
 
@@ -17,6 +20,48 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # figures are drawn into memory, whatever screen there is
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # read when huggingface_hub is imported; nobody listens there
+
+
+# -- annotations are assertions ----------------------------------------------------------------------------------------
+
+in_full, one_call = jaxtyping.jaxtyped, jaxtyping.jaxtyped("context")
+
+
+def checked(*given, typechecker=None):
+    """What jaxtyping's import hook puts around every function, at half the price: a call checks its arguments once.
+
+    jaxtyping binds them, checks them before the call and again after it, and does so where no shape is annotated too.
+    Its words about what went wrong are better; the checks are the same.
+    """
+    if not given:
+        return functools.partial(checked, typechecker=typechecker)
+    (fn,) = given
+    if not inspect.isfunction(fn) or any(isinstance(hint, str) for hint in fn.__annotations__.values()):
+        return in_full(fn, typechecker=typechecker)
+    if not any(map(has_shape, fn.__annotations__.values())):
+        return typechecker(fn)
+    if inspect.isgeneratorfunction(fn):
+        return in_full(fn, typechecker=typechecker)
+    checking = typechecker(fn)
+
+    @functools.wraps(fn)
+    def in_a_call_of_its_own(*args, **kwargs):
+        __tracebackhide__ = True
+        with one_call:  # the sizes that names of axes stand for are forgotten when it ends
+            return checking(*args, **kwargs)
+
+    return in_a_call_of_its_own
+
+
+def has_shape(hint) -> bool:
+    """Whether an annotation speaks of shapes, or of what is known only later."""
+    if isinstance(hint, list | tuple):
+        return any(map(has_shape, hint))
+    shape = inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)
+    return shape or isinstance(hint, TypeVar | ParamSpec | ForwardRef) or any(map(has_shape, get_args(hint)))
+
+
+jaxtyping.jaxtyped = checked
 
 
 @pytest.fixture
