@@ -27,7 +27,7 @@ def test_constants_of_the_last_read_that_least_squares_would_choose_are_found(ma
     place = Place(2, "final_read")
     kept = {p: torch.full((width(model.cfg, p.site),), p != place) for p in places(model.cfg)}
     options = {"held_out": pairs, "loss": squared, "generator": seeded(), "progress": False}
-    found = learn_baseline(model, kept, pairs, zero_values(model), n_steps=80, lr=0.2, **options)
+    found = learn_baseline(model, kept, pairs, zero_values(model), n_steps=150, lr=0.1, **options)
     with torch.no_grad():
         both = both_sides(pairs)
         reads = model.run_with_cache(both.clean)[1][place.hook][torch.arange(6), both.last]
