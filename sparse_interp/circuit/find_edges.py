@@ -11,6 +11,7 @@ What counts is always what is connected (interventions/connections.py says what 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import count
 
 import pandas as pd
 import torch
@@ -46,11 +47,11 @@ from sparse_interp.tokenizer import tokenizer_hash
 
 Chosen = Bool[Tensor, " unit"]
 
-MAX_PASSES = 2
-"""Rounds of cutting one by one and dropping at most, before those that change nothing leave."""
+MAX_PASSES = 1
+"""Rounds of cutting one by one and dropping what costs least; later rounds only drop what changes nothing."""
 
 MAX_ESTIMATED_PASSES = 3
-"""Rounds of dropping by estimates that come before them."""
+"""Rounds of dropping by estimates that come before, at most."""
 
 NO_EFFECT_NATS = 1e-6
 """An edge whose cut changes the divergence by less changes nothing."""
@@ -100,8 +101,7 @@ def find_edges(
     search = learn_edge_gates(model, train, config, start.baseline, connections, generator=generator, progress=progress)
     selection = Selection(model, select, start.baseline, frozen_norms=config.frozen_norms)
     sizing = _Sizing(model, start, connections, selection, config, progress)
-    chosen = sizing.needed(sizing.first(search.order, search.n_open))
-    chosen, cost = sizing.without_idle(chosen)
+    chosen, cost = sizing.needed(sizing.first(search.order, search.n_open))
     nodes = start.nodes_of(sizing.connections.of(chosen)[1])
     found = Circuit.of_nodes(
         model,
@@ -196,35 +196,38 @@ class _Sizing:
     def _of(self, units: Tensor) -> Chosen:
         return torch.zeros(len(self.units), dtype=torch.bool).index_fill(0, units, True)
 
-    def needed(self, chosen: Chosen) -> Chosen:
-        """What is left of the chosen units when those that cost least have gone, as many as the rule allows."""
-        for n_pass in range(MAX_ESTIMATED_PASSES + MAX_PASSES):
-            if n_pass < MAX_ESTIMATED_PASSES:
-                cost = cut_estimates(self.selection, self.connections.of(chosen)[1], self.units, chosen)
-            else:
-                cost = self.costs(chosen, f"cuts {n_pass - MAX_ESTIMATED_PASSES + 1}")
-            members = chosen.nonzero().flatten()
-            fewer = self.first(members[cost[members].argsort(descending=True, stable=True)], len(members))
-            if n_pass >= MAX_ESTIMATED_PASSES and int(fewer.sum()) == len(members):
-                break
-            chosen = fewer
-        return chosen
-
-    def without_idle(self, chosen: Chosen) -> tuple[Chosen, Float[Tensor, " unit"]]:
-        """The same less units that change nothing, and what each that is left costs.
+    def needed(self, chosen: Chosen) -> tuple[Chosen, Float[Tensor, " unit"]]:
+        """What is left when units that cost least have gone, as many as the rule allows, and what those left cost.
 
         What the rule cannot do without stays, whatever it costs on the prompts that cuts are measured on.
         """
-        while True:
-            cost, fewer = self.costs(chosen, "importance"), chosen
-            idle = (chosen & (cost.abs() <= NO_EFFECT_NATS)).nonzero().flatten()
-            for units in (idle, *idle[:, None]):
-                without = self.connections.of(fewer & ~self._of(units))[0]
-                if not torch.equal(without, fewer) and self.fit(without).enough(self.config):
-                    fewer = without
+        for _ in range(MAX_ESTIMATED_PASSES):
+            cost = cut_estimates(self.selection, self.connections.of(chosen)[1], self.units, chosen)
+            before, chosen = chosen, self._less_cheap(chosen, cost)
+            if torch.equal(before, chosen):
+                break
+        for n_pass in count(1):
+            cost = self.costs(chosen, f"cuts {n_pass}")
+            fewer = self._less_cheap(chosen, cost) if n_pass <= MAX_PASSES else chosen
+            fewer = self._less_idle(fewer, cost)
             if torch.equal(fewer, chosen):
-                return chosen, cost
+                break
             chosen = fewer
+        return chosen, cost
+
+    def _less_cheap(self, chosen: Chosen, cost: Float[Tensor, " unit"]) -> Chosen:
+        """The same less what costs least, as much of it as the rule allows."""
+        members = chosen.nonzero().flatten()
+        return self.first(members[cost[members].argsort(descending=True, stable=True)], len(members))
+
+    def _less_idle(self, chosen: Chosen, cost: Float[Tensor, " unit"]) -> Chosen:
+        """The same less units that change nothing, all together or one by one, as far as the rule allows."""
+        idle = (chosen & (cost.abs() <= NO_EFFECT_NATS)).nonzero().flatten()
+        for units in (idle, *idle[:, None]):
+            without = self.connections.of(chosen & ~self._of(units))[0]
+            if not torch.equal(without, chosen) and self.fit(without).enough(self.config):
+                chosen = without
+        return chosen
 
     @torch.no_grad()
     def costs(self, chosen: Chosen, title: str) -> Float[Tensor, " unit"]:

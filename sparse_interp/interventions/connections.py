@@ -6,7 +6,7 @@ node, or with a sink by any weight, since even a constant is written more or les
 stream needs nothing, and feeds all reads. A node that lacks what it needs is outside the circuit, at its baseline.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from jaxtyping import Bool
@@ -52,6 +52,18 @@ class Connections:
 
     def of(self, chosen: Chosen) -> tuple[Chosen, Masks]:
         """The chosen units that are connected, and the nodes that they join."""
+        return self._left(chosen, lambda *at: self._is_fed(*at) & self._is_read(*at))
+
+    def felt(self, chosen: Chosen) -> Masks:
+        """The nodes that vary where the chosen edges do.
+
+        They are those of `of`, and beside them nodes that only lack a reader: whether these are held changes nothing.
+        A write has a reader in every norm, so it counts only where it is in `of`.
+        """
+        (_, kept), (_, fed) = self.of(chosen), self._left(chosen, self._is_fed)
+        return {p: mask if p.site in (ATTN_WRITE.name, MLP_WRITE.name) else fed[p] for p, mask in kept.items()}
+
+    def _left(self, chosen: Chosen, has_role: Callable) -> tuple[Chosen, Masks]:
         edges, end = self.units.masks(chosen)
         kept = dict(self.kept)
         if len(self.units.channels):
@@ -61,7 +73,7 @@ class Connections:
             n_before = n_now
             for place in kept:
                 if place.site in self.sites and place != self.units.end:
-                    kept[place] = kept[place] & self._has_role(place, edges, kept)
+                    kept[place] = kept[place] & has_role(place, edges, kept)
             for matrix, mask in edges.items():
                 wire = next(w for w in wires(self.model.cfg) if w.weight_name == matrix.name)
                 sources, targets = (kept[Place(matrix.layer, site.name)] for site in (wire.source, wire.target))
@@ -69,15 +81,20 @@ class Connections:
         parts = [edges[matrix][entries] for matrix, entries in self.units.entries.items()]
         return torch.cat([*parts, kept[self.units.end][self.units.channels]]), kept
 
-    def _has_role(self, place: Place, edges: Mapping[Matrix, Tensor], kept: Masks) -> Bool[Tensor, " node"]:
-        """Which nodes of a place have what they need, as far as there are gates on it."""
-        cfg, layer, needed = self.model.cfg, place.layer, torch.ones_like(kept[place])
+    def _is_fed(self, place: Place, edges: Mapping[Matrix, Tensor], kept: Masks) -> Bool[Tensor, " node"]:
+        """Which nodes of a place have what has to enter them, as far as there are gates on it."""
+        cfg, layer = self.model.cfg, place.layer
         entering = [wire for wire in wires(cfg) if wire.target.name == place.site]
-        if entering and self._gated(*(wire.source for wire in entering)):
-            entered = [self._ends(layer, wire, edges, 0) for wire in entering]
-            if place.site == ATTN_WRITE.name:
-                entered.append(self._steered(layer, edges, kept))
-            needed = needed & _any(entered, needed)
+        if not entering or not self._gated(*(wire.source for wire in entering)):
+            return torch.ones_like(kept[place])
+        entered = [self._ends(layer, wire, edges, 0) for wire in entering]
+        if place.site == ATTN_WRITE.name:
+            entered.append(self._steered(layer, edges, kept))
+        return _any(entered, kept[place])
+
+    def _is_read(self, place: Place, edges: Mapping[Matrix, Tensor], kept: Masks) -> Bool[Tensor, " node"]:
+        """Which nodes of a place have what has to leave them, as far as there are gates on it."""
+        cfg, layer, needed = self.model.cfg, place.layer, torch.ones_like(kept[place])
         leaving = [wire for wire in wires(cfg) if wire.source.name == place.site]
         if leaving and self._gated(*(wire.target for wire in leaving)):
             needed = needed & _any([self._ends(layer, wire, edges, 1) for wire in leaving], needed)

@@ -3,19 +3,21 @@
     m_e = 1[tau_e + s u >= 0]                              one gate per non-zero within-block weight, as in gates.py
     message_e  <-  W_e ( b_s + m_e (x_s - b_s) )           before AbsTopK acts on the target (model/edges.py)
 
-A node whose edges are shut so far that it is not connected any more is held at its baseline, in training as in the
-circuit that comes out: what is ranked and what is sized are then the same thing.
+A node that nothing enters any more is held at its baseline, in training as in the circuit that comes out, so that what
+is ranked and what is sized are the same. Gradients pass it as if it were not held: its edges can come back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError, ConfigError
+from sparse_interp.interventions.ablation import fitting
 from sparse_interp.interventions.answers import at_answers
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.connections import Connections
@@ -25,8 +27,19 @@ from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import SearchHistory, train_gates
 from sparse_interp.model.dense import HookedModel
-from sparse_interp.model.sites import NodeValues
+from sparse_interp.model.sites import NodeValues, flat
 from sparse_interp.tasks.task import TaskBatch
+
+
+def hold_through(kept: Bool[Tensor, " width"], values: Tensor) -> Callable:
+    """A hook that holds what is outside `kept` at `values`, and lets gradients through."""
+
+    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
+        channels = flat(activation)
+        held = fitting(values, channels, hook) + (channels - channels.detach())
+        return torch.where(kept.to(channels.device), channels, held).view_as(activation)
+
+    return hook
 
 
 class EdgeGates(Gates):
@@ -65,8 +78,10 @@ class EdgeGates(Gates):
             left = {group: m[0] for group, m in opened.items()}
             if shares is not None:
                 left = {group: m + (1 - m) * shares[group][0] for group, m in left.items()}
-            _, kept = self.connections.of(torch.cat([m.detach().cpu() > 0 for m in left.values()]))
-            with frozen_norms(self.model, scales), gating(self.model, kept, self.units, values, left):
+            felt = self.connections.felt(torch.cat([m.detach().cpu() > 0 for m in left.values()]))
+            unfelt = [(place.hook, hold_through(mask, values[place])) for place, mask in felt.items() if not mask.all()]
+            gated = gating(self.model, self.connections.kept, self.units, values, left)
+            with frozen_norms(self.model, scales), gated, self.model.hooks(fwd_hooks=unfelt):
                 yield
 
         return block
