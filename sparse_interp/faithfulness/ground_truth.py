@@ -15,6 +15,7 @@ after Gao et al. 2025 (arXiv:2511.13653), whose quote circuit `quote` follows.
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -166,7 +167,7 @@ def _divergences(
     for some in (held[start : start + 64] for start in range(0, len(held), 64)):
         in_set = [masks(nodes, model.cfg) for nodes in some]
         hooks: FwdHooks = [
-            (place.hook, _held_in_rows(torch.stack([m[place] for m in in_set]), len(batch), means[place]))
+            (place.hook, partial(_held_in_rows, torch.stack([m[place] for m in in_set]), means[place]))
             for place in places(model.cfg)
             if any(bool(m[place].any()) for m in in_set)
         ]
@@ -178,13 +179,12 @@ def _divergences(
     return found
 
 
-def _held_in_rows(held: Bool[Tensor, "sets width"], n_prompts: int, means: Float[Tensor, " width"]) -> Callable:
-    rows = held.repeat_interleave(n_prompts, 0)[:, None]
-
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        return torch.where(rows, means, flat(activation)).view_as(activation)
-
-    return hook
+def _held_in_rows(
+    held: Bool[Tensor, "sets width"], means: Float[Tensor, " width"], activation: Tensor, hook: HookPoint
+) -> Tensor:
+    nodes = flat(activation)
+    rows = held.repeat_interleave(len(nodes) // len(held), 0)[:, None]
+    return torch.where(rows, means, nodes).view_as(activation)
 
 
 @contextmanager

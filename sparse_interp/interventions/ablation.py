@@ -67,13 +67,12 @@ def partial(m: Tensor, baseline: Tensor, r: Tensor | None = None) -> Callable:
     Each is [width], or broadcasts to [batch pos width]. m is the gate, 1 for a node that is kept; r in [0, 1] is how
     much of a node outside is left, None for nothing. Values of prompts are of the prompts and positions that are run.
     """
-    share = m if r is None else m + (1 - m) * r
+    return functools.partial(_partly_held, baseline, m if r is None else m + (1 - m) * r)
 
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        channels = flat(activation)
-        return partly(channels, fitting(baseline, channels, hook), share).view_as(activation)
 
-    return hook
+def _partly_held(baseline: Tensor, share: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
+    channels = flat(activation)
+    return partly(channels, fitting(baseline, channels, hook), share).view_as(activation)
 
 
 def hold(kept: Bool[Tensor, "*pos width"], values: Tensor, r: Tensor | None = None) -> Callable:

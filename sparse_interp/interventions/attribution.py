@@ -16,8 +16,9 @@ at the midpoints of `steps` equal parts of the way. Under AbsTopK a change can m
 gradient says so; `table.rank_correlation(exact)` says how much that matters.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pandas as pd
@@ -213,14 +214,14 @@ class _Runs:
         with tqdm(total=len(ways) * steps, disable=not progress, desc=method, unit="run") as bar:
             for hook, change, chosen in ways:
                 for step in range(steps):
-                    moved = self._gradients([(hook, _moved(change * ((step + 0.5) / steps)))], chosen)
+                    moved = self._gradients([(hook, partial(_moved, change * ((step + 0.5) / steps)))], chosen)
                     total |= {place: total[place] + found / steps for place, found in moved.items()}
                     bar.update()
         return total
 
     def _gradients(self, hooks: FwdHooks, chosen: list[Place]) -> Held:
         probes = {place: torch.zeros_like(self.base[place]).requires_grad_() for place in chosen}
-        probing = [(place.hook, _moved(probe)) for place, probe in probes.items()]
+        probing = [(place.hook, partial(_moved, probe)) for place, probe in probes.items()]
         with self.model.hooks([*hooks, *probing]), torch.enable_grad():
             slopes = _slopes(self.number(self.asked.base), list(probes.values()))
         return dict(zip(probes, slopes, strict=True))
@@ -230,7 +231,7 @@ class _Runs:
         known = dict.fromkeys([*places(self.model.cfg), *self.asked.channels])
         seen: dict[str, Tensor] = {}
         names = [EMBED_HOOK, *(place.hook for place in known)]
-        with self.model.hooks([(name, _noting(seen, name)) for name in names]):
+        with self.model.hooks([(name, partial(_note, seen, name)) for name in names]):
             number = float(self.number(tokens).mean())
         return {place: flat(seen[place.hook]) for place in known}, seen[EMBED_HOOK], number
 
@@ -243,19 +244,10 @@ def _slopes(numbers: PerPrompt, at: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(at, slopes, strict=True)]
 
 
-def _moved(change: Tensor) -> Callable:
-    """A hook that adds `change` to what is seen."""
-
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        return activation + change.view_as(activation)
-
-    return hook
+def _moved(change: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
+    """A hook, once it knows `change`."""
+    return activation + change.view_as(activation)
 
 
-def _noting(seen: dict[str, Tensor], name: str) -> Callable:
-    """A hook that puts what it sees into `seen`."""
-
-    def note(activation: Tensor, hook: HookPoint) -> None:
-        seen[name] = activation
-
-    return note
+def _note(seen: dict[str, Tensor], name: str, activation: Tensor, hook: HookPoint) -> None:
+    seen[name] = activation

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -222,22 +223,21 @@ def _run(
 ) -> dict[Place, Tensor]:
     """What `keep` makes of every place of a run in eval mode."""
     kept: dict[Place, Tensor] = {}
-
-    def keeping(place: Place) -> Callable:
-        def hook(activation: Tensor, hook: HookPoint) -> None:
-            kept[place] = keep(flat(activation))
-
-        return hook
-
     device = model.embed.W_E.device
     if mask is None or model.cfg.attention_dir == "causal":  # padding on the right is then never seen
         given = {}
     else:
         given = {"attention_mask": mask.to(device)}
-    hooks: FwdHooks = [(place.hook, keeping(place)) for place in places(model.cfg, list(sites))]
+    hooks: FwdHooks = [(place.hook, partial(_keep, kept, place, keep)) for place in places(model.cfg, list(sites))]
     with evaluating(model), model.hooks(fwd_hooks=hooks):
         model(tokens.to(device), return_type=None, **given)
     return kept
+
+
+def _keep(
+    kept: dict[Place, Tensor], place: Place, keep: Callable[[Tensor], Tensor], activation: Tensor, hook: HookPoint
+) -> None:
+    kept[place] = keep(flat(activation))
 
 
 def _position_sums(

@@ -8,15 +8,16 @@ a TransformerBridge, which computes an edited norm in other steps, up to roundin
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.interventions.answers import answer_logits
-from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.dense import FwdHooks, HookedModel
 from sparse_interp.model.sites import FINAL_SCALE_HOOK, SCALE_HOOKS
 from sparse_interp.tasks.task import TaskBatch
 
@@ -30,29 +31,24 @@ def norm_scales(model: HookedModel, batch: TaskBatch) -> NormScales:
     if model.cfg.norm == "none":
         return {}
     scales: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable:
-        def hook(scale: Tensor, hook: HookPoint) -> None:
-            scales[name] = scale
-
-        return hook
-
     names = [hook.format(layer=layer) for layer in range(model.cfg.n_layers) for hook in SCALE_HOOKS]
-    with model.hooks(fwd_hooks=[(name, note(name)) for name in (*names, FINAL_SCALE_HOOK)]):
+    with model.hooks(fwd_hooks=[(name, partial(_note, scales, name)) for name in (*names, FINAL_SCALE_HOOK)]):
         answer_logits(model, batch)
     return scales
+
+
+def _note(scales: dict[str, Tensor], name: str, scale: Tensor, hook: HookPoint) -> None:
+    scales[name] = scale
 
 
 @contextmanager
 def frozen_norms(model: HookedModel, scales: NormScales) -> Iterator[None]:
     """Inside the block norms divide by `scales`, in runs of `answer_logits` on the prompts that these are of."""
-
-    def hold(scale: Tensor) -> Callable:
-        def hook(own: Tensor, hook: HookPoint) -> Tensor:
-            return scale
-
-        return hook
-
-    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(name, hold(scale)) for name, scale in scales.items()]):
+    hooks: FwdHooks = [(name, partial(_held, scale)) for name, scale in scales.items()]
+    with warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
         yield
+
+
+def _held(scale: Tensor, own: Tensor, hook: HookPoint) -> Tensor:
+    return scale

@@ -18,6 +18,7 @@ in every prompt.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +167,7 @@ class _Sweep:
         kept: dict[Place, list[Tensor]] = {
             place: [] for place in places(self.cfg, (K.name, V.name)) if keep and self.resumable
         }
-        hooks: FwdHooks = [(place.hook, _noting(seen)) for place, seen in kept.items()]
+        hooks: FwdHooks = [(place.hook, partial(_note, seen)) for place, seen in kept.items()]
         logits = []
         for rows in self._parts():
             with self.model.hooks(hooks):
@@ -194,7 +195,7 @@ class _Sweep:
         """The stream after a layer, and what the nodes of places in it hold."""
         seen: dict[Place, list[Tensor]] = {place: [] for place in here}
         streams = []
-        with self.model.hooks([(place.hook, _noting(found)) for place, found in seen.items()]):
+        with self.model.hooks([(place.hook, partial(_note, found)) for place, found in seen.items()]):
             for rows in self._parts():
                 if layer < self.cfg.n_layers:
                     where = {"tokens": tokens[rows], "start_at_layer": layer, "stop_at_layer": layer + 1}
@@ -324,13 +325,8 @@ def _gated(model: HookedSparseTransformer) -> bool:
     return any(any(part.edge_gates.values()) for block in model.layers for part in (block.attn, block.mlp))
 
 
-def _noting(seen: list[Tensor]) -> Callable:
-    """A hook that puts what it sees into `seen`."""
-
-    def hook(activation: Tensor, hook: HookPoint) -> None:
-        seen.append(activation)
-
-    return hook
+def _note(seen: list[Tensor], activation: Tensor, hook: HookPoint) -> None:
+    seen.append(activation)
 
 
 def _exchanged(source: Values, channels: Tensor, rows: Rows, pos: Int[Tensor, "row run"], n_labels: int) -> Callable:
