@@ -9,8 +9,8 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, TaskError
 from sparse_interp.faithfulness import adversarial as module
 from sparse_interp.faithfulness.adversarial import Edit, adversarial_inputs, free_tokens, inserted
-from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.answers import both_sides
+from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node
 from sparse_interp.tasks.task import Task
