@@ -23,8 +23,7 @@ from sparse_interp.model.sites import Node, NodeAt
 from sparse_interp.tasks.task import Task, kl_divergence
 from sparse_interp.tokenizer import tokenizer_hash
 
-QUICK = PruneConfig(n_train=150, n_selection=100, n_steps=150)
-QUICKER = PruneConfig(n_train=60, n_selection=36, n_steps=40, batch_size=16)
+QUICK = PruneConfig(n_train=60, n_selection=36, n_steps=40, batch_size=16)
 
 
 def searched(truth, seed=0, config=QUICK):
@@ -50,7 +49,7 @@ def test_the_circuit_of_a_hand_written_dense_model_is_recovered_in_a_bridge_as_i
         generator = torch.Generator().manual_seed(0)
         means = mean_activations(model, truth.blocks(64, generator=generator))
         kept = {"baseline": means, "generator": generator, "progress": False}
-        found.append(find_circuit(model, truth.task, QUICKER, **kept))
+        found.append(find_circuit(model, truth.task, QUICK, **kept))
     ours, theirs = found
     assert theirs.node_set == ours.node_set == truth.nodes
     assert theirs.edges.equals(ours.edges) and theirs.n_edges == len(truth.edges)
@@ -75,7 +74,7 @@ def test_the_circuit_of_a_hand_written_dense_model_is_recovered_in_a_bridge_as_i
 )
 def test_a_hand_built_circuit_is_recovered_whatever_the_objective_and_scheme(options):
     truth = ground_truth("attention_copy")
-    assert searched(truth, config=replace(QUICKER, **options)).node_set == truth.nodes
+    assert searched(truth, config=replace(QUICK, **options)).node_set == truth.nodes
 
 
 @pytest.mark.parametrize("kind", ["resample", "mean per position"])
@@ -85,7 +84,7 @@ def test_a_search_holds_what_its_own_baseline_says_and_the_scores_say_so(kind):
     held = Resample(pool, 3) if kind == "resample" else position_means(truth.model, pool)
     means = mean_activations(truth.model, truth.blocks(64, generator=generator))
     kept = {"baseline": means, "search_baseline": held, "generator": generator, "progress": False}
-    circuit = find_circuit(truth.model, truth.task, QUICKER, **kept)
+    circuit = find_circuit(truth.model, truth.task, QUICK, **kept)
     assert circuit.node_set == truth.nodes and circuit.baseline.kind == means.kind
     scores = circuit.scores.set_index("measure")
     assert scores.ablation["KL(model || circuit)"].startswith(f"full, {kind}")
@@ -97,7 +96,7 @@ def test_nodes_that_are_constant_between_twins_are_not_found_by_holding_them_at_
     truth, generator = ground_truth("attention_copy"), torch.Generator().manual_seed(0)
     means = mean_activations(truth.model, truth.blocks(64, generator=generator))
     kept = {"baseline": means, "search_baseline": Counterfactual(), "generator": generator, "progress": False}
-    found = find_circuit(truth.model, truth.task, QUICKER, **kept).node_set
+    found = find_circuit(truth.model, truth.task, QUICK, **kept).node_set
     marks = {Node(0, "attn_read", truth.channels.index("is_name")), Node(0, "k", 0)}
     assert found == truth.nodes - marks
 
@@ -112,7 +111,7 @@ def fixed_quote():
     return truth, Task.from_pairs(rows, truth.task.tokenizer), means
 
 
-PER_POSITION = replace(QUICKER, per_position=True, n_steps=60, max_kl=0.01)
+PER_POSITION = replace(QUICK, per_position=True, n_steps=60, max_kl=0.01)
 
 
 def test_gates_per_position_find_where_the_quote_stands_and_where_it_is_asked_for(fixed_quote):
@@ -175,7 +174,7 @@ def test_the_same_generator_finds_the_same_circuit_and_leaves_the_model_as_it_wa
     truth = ground_truth("attention_copy")
     truth.model.train()
     before = {name: p.clone() for name, p in truth.model.named_parameters()}
-    first, second = searched(truth), searched(truth)
+    first, second = (searched(truth) for _ in range(2))
     assert first.nodes.equals(second.nodes) and first.history.equals(second.history)
     assert first.seed == 0 and first.prune == QUICK and first.tokenizer_sha256 == tokenizer_hash(truth.task.tokenizer)
     assert truth.model.training
@@ -185,14 +184,14 @@ def test_the_same_generator_finds_the_same_circuit_and_leaves_the_model_as_it_wa
 
 
 def test_calibration_adds_losses_with_a_scale_and_changes_nothing_else(truth):
-    coarse = replace(QUICKER, max_kl=1.0, max_loss_gap=1.0)
+    coarse = replace(QUICK, max_kl=1.0, max_loss_gap=1.0)
     plain, scaled = searched(truth, config=coarse), searched(truth, config=replace(coarse, calibrate=True))
     assert plain.nodes.equals(scaled.nodes) and plain.scores.equals(scaled.scores[: len(plain.scores)])
     added = scaled.scores[len(plain.scores) :].set_index("measure").value
     without = plain.scores.set_index("measure").value
     assert 0 <= added["KL(model || calibrated circuit)"] < without["KL(model || circuit)"] - 1e-3
     assert added["scale of calibrated logits"] != pytest.approx(1, abs=1e-3)
-    exact = searched(truth, config=replace(QUICKER, calibrate=True)).scores.set_index("measure").value
+    exact = searched(truth, config=replace(QUICK, calibrate=True)).scores.set_index("measure").value
     assert exact["scale of calibrated logits"] == pytest.approx(1, abs=1e-4)
 
 
