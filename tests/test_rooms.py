@@ -7,6 +7,7 @@ import stands.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def may_import(importer: str, imported: str) -> bool:
     return there < here or same_room
 
 
+@cache
 def modules() -> dict[str, Path]:
     return {module_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
 
