@@ -5,7 +5,8 @@ A *direct path* leads from a sender, which writes to the stream, to one reader, 
     message  =  what the sender wrote in the clean run  -  what it wrote in the corrupt run
     read     =  T(norm(x + message))        for that reader alone; all others read x, and the run goes on from there
 
-(Wang et al. 2022, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.) What was written is what
+(Wang et al. 2022, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.) A reader may be a single node: it
+alone takes the value that it has with the message in what it reads. What was written is what
 reached the stream: under AbsTopK a head, neuron or v channel has its share of those channels of the half block's write
 that survived, in either run. That is `attn.hook_result`, what the decompositions of a cache and TransformerLens' edge
 attribution mean too; and messages of all heads of a layer add up to the change of its write. TransformerLens' own
@@ -28,10 +29,12 @@ from tqdm import tqdm
 
 from sparse_interp.axes import PerPrompt, Resid
 from sparse_interp.errors import CircuitError, ConfigError
-from sparse_interp.interventions.ablation import FwdHooks
-from sparse_interp.model.dense import AnyModel, DenseModel, HookedModel, hooked
+from sparse_interp.interventions.ablation import hold
+from sparse_interp.model.dense import AnyModel, DenseModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import (
+    ATTN_READ,
     ATTN_WRITE,
+    FINAL_READ,
     MLP_READ,
     MLP_WRITE,
     NEURON,
@@ -42,6 +45,7 @@ from sparse_interp.model.sites import (
     SITES,
     Z_HOOK,
     Node,
+    Place,
     V,
     check_nodes,
     flat,
@@ -55,6 +59,9 @@ from sparse_interp.tasks.task import Metric, TaskBatch, logit_difference
 
 READS = ("q", "k", "v", "mlp", "final")
 """Kinds of readers: a head's query, key or value input, an MLP's input, and what is unembedded."""
+
+_READERS = dict.fromkeys((ATTN_READ.name, *"qkv"), 0) | {MLP_READ.name: 1, NEURON.name: 1, FINAL_READ.name: 0}
+"""Sites whose nodes read the stream, and the half block that they read in."""
 
 _WRITERS = {V.name: 0, ATTN_WRITE.name: 0, NEURON.name: 1, MLP_WRITE.name: 1}
 """Sites whose nodes write to the stream, and the half block that they write in."""
@@ -93,8 +100,9 @@ class Receiver(NamedTuple):
 class PathTable(Table):
     """One row per receiver, means over prompts.
 
-    `sender`, `receiver`, its `layer`, `read` and `head`; `metric` (with the path patched), `effect` (the change of the
-    metric from the corrupt run's) and `recovered_frac` (that as a share of clean minus corrupt).
+    `sender`, `receiver`, its `layer`, `read` (of a node its site) and `head`; `metric` (with the path patched),
+    `effect` (the change of the metric from the corrupt run's) and `recovered_frac` (that as a share of clean minus
+    corrupt).
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -134,7 +142,7 @@ def patch_direct_paths(
     metric: Metric = logit_difference,
     *,
     sender: Head | Iterable[Node],
-    receivers: Sequence[Receiver] | None = None,
+    receivers: Sequence[Receiver | Node] | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> PathTable:
@@ -148,7 +156,8 @@ def patch_direct_paths(
         metric: logits and batch -> one number per prompt.
         sender: a head, or nodes that write: channels of `attn_write` or `mlp_write`, neurons, or v channels. A reader
             between two of the nodes gets the message of those before it.
-        receivers: who gets the message; None is everybody who can, `receivers_of(model, sender)`.
+        receivers: who gets the message: readers, or single nodes of attn_read, q, k, v, mlp_read, neuron or final_read.
+            None is every reader that can, `receivers_of(model, sender)`.
         batch_size: prompts per forward pass, counted once for each receiver; a pass has at least one receiver.
         progress: whether to show a progress bar.
 
@@ -157,13 +166,10 @@ def patch_direct_paths(
         ConfigError: if the stream is no sum of what is written to it.
     """
     model, sender = hooked(model), sender if isinstance(sender, Head) else tuple(sender)
-    reachable = receivers_of(model, sender)
-    receivers = reachable if receivers is None else list(receivers)
-    for receiver in receivers:
-        if receiver not in reachable:
-            raise CircuitError(
-                f"{_name(sender)} does not reach {receiver}; receivers_of(model, sender) lists who it does."
-            )
+    receivers = receivers_of(model, sender) if receivers is None else list(receivers)
+    _check_reached(model, sender, receivers)
+    readers = [receiver for receiver in receivers if isinstance(receiver, Receiver)]
+    nodes = [receiver for receiver in receivers if isinstance(receiver, Node)]
     batch = batch.to(model.embed.W_E.device)
     with evaluating(model), _forks(model):
         clean, in_clean = _run(model, batch, batch.clean, sender)
@@ -172,13 +178,38 @@ def patch_direct_paths(
             half: _written(model, sender, half, in_clean) - _written(model, sender, half, in_corrupt)
             for half in _halves(model, sender)
         }
-        together = _together(receivers, max(1, batch_size // len(batch)))
-        patched = {}
+
+        def message_to(receiver: Receiver | Node) -> Resid:
+            return sum((m for half, m in messages.items() if half < _half(receiver)), torch.zeros(()))
+
+        together = _together(readers, max(1, batch_size // len(batch)))
+        patched: dict[str, PerPrompt] = {}
         for chosen in tqdm(together, disable=not progress, desc=f"direct paths from {_name(sender)}"):
-            sent = [sum(m for half, m in messages.items() if half < receiver.half) for receiver in chosen]
-            logits = _patched_logits(model, batch, in_corrupt, chosen, sent)
-            patched |= {r: metric(one, batch) for r, one in zip(chosen, logits.chunk(len(chosen)), strict=True)}
+            logits = _patched_logits(model, batch, in_corrupt, chosen, [message_to(r) for r in chosen])
+            patched |= {str(r): metric(one, batch) for r, one in zip(chosen, logits.chunk(len(chosen)), strict=True)}
+    with evaluating(model):
+        for node in tqdm(nodes, disable=not (progress and nodes), desc=f"direct paths from {_name(sender)} to nodes"):
+            patched[str(node)] = metric(_patched_node(model, batch, in_corrupt, node, message_to(node)), batch)
     return _table(_name(sender), receivers, patched, metric(clean, batch), metric(corrupt, batch))
+
+
+def _half(receiver: Receiver | Node) -> int:
+    """Half blocks before it."""
+    return receiver.half if isinstance(receiver, Receiver) else 2 * receiver.layer + _READERS[receiver.site]
+
+
+def _check_reached(model: HookedModel, sender: Head | Sequence[Node], receivers: Sequence[Receiver | Node]) -> None:
+    """Raise CircuitError for who reads nothing, is not in the model, or comes before the sender."""
+    reachable, first = receivers_of(model, sender), min(_halves(model, sender))
+    for receiver in receivers:
+        if isinstance(receiver, Node):
+            check_nodes([receiver], model.cfg)
+            if receiver.site not in _READERS:
+                raise CircuitError(f"{receiver} reads nothing: a receiving node is one of {', '.join(_READERS)}.")
+        if receiver not in reachable if isinstance(receiver, Receiver) else _half(receiver) <= first:
+            raise CircuitError(
+                f"{_name(sender)} does not reach {receiver}; receivers_of(model, sender) lists who it does."
+            )
 
 
 def _name(sender: Head | Sequence[Node]) -> str:
@@ -292,6 +323,40 @@ def _patched_logits(
         return model(seen[RESID_POST_HOOK.format(layer=layer - 1)].repeat(n, 1, 1), **start)
 
 
+def _patched_node(
+    model: HookedModel, batch: TaskBatch, seen: Mapping[str, Tensor], node: Node, message: Resid
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of the corrupt prompts with one node as it is when the message is in what it reads."""
+    place, everybody = Place(node.layer, node.site), slice(None)
+    found: list[Tensor] = []
+    keeping: FwdHooks = [(place.hook, lambda held, hook: found.append(flat(held).clone()))]
+    if node.layer == model.cfg.n_layers:
+        with model.hooks(fwd_hooks=keeping):
+            _from_layer(model, batch, seen, node.layer, message)
+    else:
+        is_mlp = _READERS[node.site] == 1
+        stream, site = (RESID_MID_HOOK, MLP_READ) if is_mlp else (RESID_PRE_HOOK, ATTN_READ)
+        name, change = stream.format(layer=node.layer), message
+        if isinstance(model, DenseModel):
+            read = [model.normed(seen[name] + part, _half(node)) for part in (message, torch.zeros_like(message))]
+            name, change = site.at(node.layer), read[0] - read[1]
+        with model.hooks(fwd_hooks=[*_adding([(name, everybody, None, change)]), *keeping]):
+            _from_layer(model, batch, seen, node.layer)
+    others = torch.arange(found[0].shape[-1], device=message.device) != node.channel
+    with model.hooks(fwd_hooks=[(place.hook, hold(others, found[0]))]):
+        return _from_layer(model, batch, seen, node.layer)
+
+
+def _from_layer(
+    model: HookedModel, batch: TaskBatch, seen: Mapping[str, Tensor], layer: int, message: Resid | float = 0.0
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of the corrupt prompts, run from `layer` on."""
+    if layer == 0:
+        return model(batch.corrupt, attention_mask=batch.attention_mask)
+    start = {"start_at_layer": layer, "tokens": batch.corrupt, "attention_mask": batch.attention_mask}
+    return model(seen[RESID_POST_HOOK.format(layer=layer - 1)] + message, **start)
+
+
 Sent = Sequence[tuple[slice, Receiver, Resid]]
 """Which rows of a run have which receiver's message."""
 
@@ -334,10 +399,17 @@ def _adding(changes: Sequence[tuple[str, slice, int | None, Tensor]]) -> FwdHook
 
 
 def _table(
-    sender: str, receivers: Sequence[Receiver], patched: dict[Receiver, PerPrompt], clean: PerPrompt, corrupt: PerPrompt
+    sender: str,
+    receivers: Sequence[Receiver | Node],
+    patched: Mapping[str, PerPrompt],
+    clean: PerPrompt,
+    corrupt: PerPrompt,
 ) -> PathTable:
     gap, base = float((clean - corrupt).mean()), float(corrupt.mean())
-    rows = [(sender, str(r), r.layer, r.read, r.head, float(patched[r].mean())) for r in receivers]
+    rows = []
+    for r in receivers:
+        read, head = (r.read, r.head) if isinstance(r, Receiver) else (r.site, None)
+        rows.append((sender, str(r), r.layer, read, head, float(patched[str(r)].mean())))
     frame = pd.DataFrame(rows, columns=list(PathTable.columns[:6])).astype({"head": "Int64"})
     frame["effect"] = frame.metric - base
     return PathTable(frame.assign(recovered_frac=frame.effect / gap if gap else float("nan")))

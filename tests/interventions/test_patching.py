@@ -9,7 +9,7 @@ import torch
 
 from sparse_interp.errors import CircuitError, ConfigError, WrongToolWarning
 from sparse_interp.interventions.patching import Head, PathTable, Receiver, patch_direct_paths, receivers_of
-from sparse_interp.model.sites import Node
+from sparse_interp.model.sites import Node, Place
 from sparse_interp.tasks.task import TaskBatch, logit_difference
 
 MODELS = {
@@ -105,6 +105,44 @@ def test_every_direct_path_is_the_whole_model_with_one_read_edited(reference, ma
     table = patch_direct_paths(model, batch, sender=sender, receivers=chosen, progress=False)
     expected = [float(brute_force(reference, model, batch, sender, receiver).mean()) for receiver in chosen]
     assert table.frame.metric.to_list() == pytest.approx(expected, abs=2e-5)
+
+
+NODES = [Node(1, "attn_read", 4), Node(1, "q", 3), Node(1, "k", 8), Node(1, "v", 2), Node(0, "neuron", 7)]
+NODES += [Node(1, "mlp_read", 5), Node(1, "neuron", 11), Node(2, "final_read", 1)]
+
+
+def with_the_message_in_one_node(reference, model, batch, sender, node):
+    """Metric of each prompt in float64: the node's value from a run whose stream has the message, put into another."""
+    cfg = dict(vars(model.cfg))
+    weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
+    mask, tokens = batch.attention_mask.numpy(), batch.corrupt.numpy()
+    _, clean = reference.forward(cfg, weights, batch.clean.numpy(), mask)
+    _, corrupt = reference.forward(cfg, weights, tokens, mask)
+    message = written(cfg, weights, clean, sender, 0) - written(cfg, weights, corrupt, sender, 0)
+    alone = {"mlp_read": "mlp", "neuron": "mlp", "final_read": "final"}.get(node.site)
+    readers = [(node.layer, letter, head) for letter in "qkv" for head in range(cfg["n_heads"])]
+    readers = readers if alone is None else [(node.layer, alone, None)]
+    _, seen = reference.forward(cfg, weights, tokens, mask, dict.fromkeys(readers, message))
+    place = Place(node.layer, node.site).hook
+    if node.site == "attn_read":
+        stream = corrupt[f"blocks.{node.layer}.hook_resid_pre"] + message
+        value = reference.norm(stream, weights, f"blocks.{node.layer}.ln1", cfg["norm"], cfg["eps"])
+        value = value if cfg["afrac"] is None else reference.abs_topk(value, cfg["afrac"], cfg["afrac_min"])
+    else:
+        value = seen[place].reshape(*tokens.shape, -1)
+    others = np.arange(value.shape[-1]) != node.channel
+    logits, _ = reference.forward(cfg, weights, tokens, mask, held={place: (others, value)})
+    return logit_difference(torch.tensor(logits), batch)
+
+
+@pytest.mark.parametrize("change", ["plain", "dense"])
+def test_a_path_to_one_node_is_the_whole_model_with_that_node_edited(reference, make_model, batch, change):
+    model, sender = make_model(**MODELS[change]), Head(0, 1)
+    table = patch_direct_paths(model, batch, sender=sender, receivers=[*NODES, Receiver(1, "q", 1)], progress=False)
+    expected = [float(with_the_message_in_one_node(reference, model, batch, sender, node).mean()) for node in NODES]
+    assert table.frame.metric.to_list()[:-1] == pytest.approx(expected, abs=2e-5)
+    assert table.frame.receiver.to_list() == [*map(str, NODES), "L1H1.q"]
+    assert (table.frame.effect[:-1].abs() > 1e-6).sum() >= 5
 
 
 def test_all_receivers_of_a_head_at_once_or_one_by_one(reference, plain_model, batch):
@@ -232,9 +270,12 @@ def test_who_writes_nothing_sends_nothing(plain_model, batch, sender, message):
 
 
 def test_who_cannot_be_reached_is_refused(plain_model, batch):
-    for receiver in (Receiver(0, "q", 1), Receiver(1, "q"), Receiver(1, "final"), Receiver(0, "mlp")):
+    nowhere = Receiver(0, "q", 1), Receiver(1, "q"), Receiver(1, "final"), Receiver(0, "mlp"), Node(0, "neuron", 1)
+    for receiver in nowhere:
         with pytest.raises(CircuitError, match="does not reach"):
             patch_direct_paths(plain_model, batch, sender=[Node(0, "mlp_write", 1)], receivers=[receiver])
+    with pytest.raises(CircuitError, match="L1.mlp_write.2 reads nothing"):
+        patch_direct_paths(plain_model, batch, sender=Head(0, 1), receivers=[Node(1, "mlp_write", 2)])
 
 
 @pytest.mark.parametrize("change", [{"residual_act": "relu"}, {"afrac_sites": ("resid_mid",)}], ids=str)
@@ -252,7 +293,8 @@ def test_paths_in_a_bridge_are_those_in_our_model_with_the_same_weights(dense_sc
     shape = dense_script.shape_of(50, norm=norm)
     weights = dense_script.random_weights(shape, std=0.3)
     models = dense_script.our_model(shape, weights), dense_script.bridge(shape, weights)
-    tables = [patch_direct_paths(m, batch, sender=SENDERS[sender], progress=False).frame for m in models]
+    who = [*receivers_of(models[0], SENDERS[sender]), *(node for node in NODES if node.layer > 0)]
+    tables = [patch_direct_paths(m, batch, sender=SENDERS[sender], receivers=who, progress=False).frame for m in models]
     assert tables[1].receiver.equals(tables[0].receiver)
     assert tables[1].metric.to_list() == pytest.approx(tables[0].metric.to_list(), abs=2e-5)
 
