@@ -1,12 +1,12 @@
 """Circuits of every task that the bundled models solve, of nodes and of edges, on the sparse model and its dense twin.
 
     python benchmarks/discovery.py [--model stdlib-small ...] [--task single_double_quote ...] [--seed 0]
-                                   [--found out/discovery] [--out benchmarks/results]
+                                   [--found out/discovery] [--out benchmarks/results] [--page docs/discovery.md]
 
 A task counts as solved where at least 90 % of its held-out prompts are right. Node search and edge search follow the
 same rule (agreement with the model, and its task loss, on the selection pairs); what they find is scored on the test
 and the shifted split, which neither looks at. Whatever is in `--found` is not searched for again, so a run that was
-interrupted goes on. Seconds are of processor time.
+interrupted goes on. Seconds are of processor time. A run over everything writes its tables to the page too.
 """
 
 import argparse
@@ -30,6 +30,18 @@ SOLVED = 0.9
 N_PAIRS = 256
 ENOUGH_TASKS = 6
 KINDS = ("nodes", "edges")
+SPLITS = ("test", "shifted")
+SCORED = ("loss, model", "loss, circuit", "right, model", "right, circuit", "KL")
+PAGE = """# What the bundled models do, and by which circuits
+
+Written by `{command}`, which measures everything on it. A task counts as solved where at least {share} % of the
+held-out prompts are right; intervals are of 95 %, over templates. A circuit is searched for on training prompts until
+it agrees with its model on selection prompts (KL at most 0.2 nats, task losses within 0.03); what stands here was
+measured afterwards on prompts of two other splits: `test` has other names, `shifted` other and longer templates too.
+Losses are those of the choice between the two answers, in nats; KL is KL(model || circuit) over the vocabulary. Nodes
+outside a circuit are held at their means over text. An agreement like this is no proof that the circuit is how the
+model does it: audit it.
+"""
 
 
 def solved_tasks(name: str, seed: int, folder: Path) -> list[str]:
@@ -58,7 +70,7 @@ def found(path: Path, search) -> Circuit:
 def measured(model, circuit: Circuit, task: si.Task, seed: int) -> dict:
     """Loss, accuracy and divergence on the splits that no search has seen."""
     row = {"nodes": circuit.n_nodes, "edges": circuit.n_edges}
-    for split in ("test", "shifted"):
+    for split in SPLITS:
         pairs = task.batch(N_PAIRS, split=split, generator=torch.Generator().manual_seed(seed + 1))
         scores = score_circuit(model, circuit, pairs)
         row |= {
@@ -104,6 +116,39 @@ def geometric_means(frame: pd.DataFrame) -> pd.DataFrame | None:
     return pd.DataFrame(tables).T if tables else None
 
 
+def page(scores: dict[str, pd.DataFrame], frame: pd.DataFrame, means: pd.DataFrame | None, command: str) -> str:
+    """The tables as they stand in the documentation."""
+    parts = [PAGE.format(command=command, share=round(100 * SOLVED))]
+    for name, table in scores.items():
+        shown = pd.DataFrame({"task": table.task, "split": table.split, "prompts": table.n_prompts})
+        for column, digits in (("accuracy", 2), ("loss_nats", 2), ("logit_diff", 1)):
+            bounds = table[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
+            shown[column] = [f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for mean, low, high in bounds]
+        parts.append(f"## What {name} does\n\n{markdown(shown)}")
+    for split in SPLITS:
+        columns = [f"{split} {of}" for of in SCORED]
+        shown = frame[["model", "task", "pruned", "nodes", "edges", *columns]].copy()
+        shown[columns] = shown[columns].map("{:.3f}".format)
+        parts.append(f"## Circuits, on the {split} split\n\n{markdown(shown)}")
+    wide = frame.pivot(index=["model", "task"], columns="pruned", values=["nodes", "edges", "seconds"])
+    wide.columns = [f"{value}, {kind} pruned" for value, kind in wide.columns]
+    wide["edges left, share"] = (wide["edges, edges pruned"] / wide["edges, nodes pruned"]).map("{:.2f}".format)
+    parts.append(f"## Pruning edges instead of nodes\n\n{markdown(wide.reset_index())}")
+    said = f"Fewer than {ENOUGH_TASKS} tasks have circuits of both models."
+    if means is not None:
+        said = markdown(means.round(1).reset_index(names="pruned"))
+    parts.append(f"## Sparse against dense: geometric means of edges\n\n{said}")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text; whole numbers have no point."""
+    rows = [[f"{cell:.0f}" if isinstance(cell, float) and cell == round(cell) else str(cell) for cell in row]
+            for row in table.itertuples(index=False)]  # fmt: skip
+    head = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
@@ -112,6 +157,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--found", type=Path, default=Path("out/discovery"))
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "discovery.md")
     given = arguments.parse_args()
     rows = []
     for name in given.model:
@@ -123,8 +169,10 @@ def main() -> None:
     print(frame.to_string(index=False))
     print(f"fewer than {ENOUGH_TASKS} tasks are solved by both" if means is None else means.to_string())
     if given.task is None and set(given.model) == set(MODELS) and set(given.pruned) == set(KINDS):
+        command = f"python benchmarks/discovery.py --seed {given.seed}"
+        scores = {name: pd.read_csv(given.found / name / "tasks.csv") for name in MODELS}
         record = {
-            "command": f"python benchmarks/discovery.py --seed {given.seed}",
+            "command": command,
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
             "machine": platform.processor() or platform.machine(),
             "torch": torch.__version__,
@@ -132,6 +180,7 @@ def main() -> None:
             "geometric means": None if means is None else json.loads(means.to_json(orient="index")),
         }
         write_whole(given.out / "discovery.json", json.dumps(record, indent=1) + "\n")
+        write_whole(given.page, page(scores, frame, means, command))
 
 
 if __name__ == "__main__":
