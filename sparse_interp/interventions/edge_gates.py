@@ -7,12 +7,13 @@ A node that nothing enters any more is held at its baseline, in training as in t
 is ranked and what is sized are the same. Gradients pass it as if it were not held: its edges can come back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -31,15 +32,11 @@ from sparse_interp.model.sites import NodeValues, flat
 from sparse_interp.tasks.task import TaskBatch
 
 
-def hold_through(kept: Bool[Tensor, " width"], values: Tensor) -> Callable:
-    """A hook that holds what is outside `kept` at `values`, and lets gradients through."""
-
-    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
-        channels = flat(activation)
-        held = fitting(values, channels, hook) + (channels - channels.detach())
-        return torch.where(kept.to(channels.device), channels, held).view_as(activation)
-
-    return hook
+def _held_through(kept: Tensor, values: Tensor, activation: Tensor, hook: HookPoint) -> Tensor:
+    """A hook's answer: what is outside `kept` holds `values`, and gradients pass as if it did not."""
+    channels = flat(activation)
+    held = fitting(values, channels, hook) + (channels - channels.detach())
+    return torch.where(kept.to(channels.device), channels, held).view_as(activation)
 
 
 class EdgeGates(Gates):
@@ -79,7 +76,8 @@ class EdgeGates(Gates):
             if shares is not None:
                 left = {group: m + (1 - m) * shares[group][0] for group, m in left.items()}
             felt = self.connections.felt(torch.cat([m.detach().cpu() > 0 for m in left.values()]))
-            unfelt = [(place.hook, hold_through(mask, values[place])) for place, mask in felt.items() if not mask.all()]
+            held = [(place, mask) for place, mask in felt.items() if not bool(mask.all())]
+            unfelt = [(place.hook, partial(_held_through, mask, values[place])) for place, mask in held]
             gated = gating(self.model, self.connections.kept, self.units, values, left)
             with frozen_norms(self.model, scales), gated, self.model.hooks(fwd_hooks=unfelt):
                 yield
