@@ -11,7 +11,6 @@ What counts is always what is connected (interventions/connections.py says what 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import count
 
 import pandas as pd
 import torch
@@ -47,11 +46,8 @@ from sparse_interp.tokenizer import tokenizer_hash
 
 Chosen = Bool[Tensor, " unit"]
 
-MAX_PASSES = 1
-"""Rounds of cutting one by one and dropping what costs least; later rounds only drop what changes nothing."""
-
 MAX_ESTIMATED_PASSES = 3
-"""Rounds of dropping by estimates that come before, at most."""
+"""Rounds of dropping by estimates that come before exact cuts, at most."""
 
 NO_EFFECT_NATS = 1e-6
 """An edge whose cut changes the divergence by less changes nothing."""
@@ -199,21 +195,21 @@ class _Sizing:
     def needed(self, chosen: Chosen) -> tuple[Chosen, Float[Tensor, " unit"]]:
         """What is left when units that cost least have gone, as many as the rule allows, and what those left cost.
 
-        What the rule cannot do without stays, whatever it costs on the prompts that cuts are measured on.
+        Costs are measured twice at most; edges that turn out idle in the end are dropped, and change the others' by
+        nothing that counts. What the rule cannot do without stays, whatever it costs on the prompts that cuts are
+        measured on.
         """
         for _ in range(MAX_ESTIMATED_PASSES):
             cost = cut_estimates(self.selection, self.connections.of(chosen)[1], self.units, chosen)
             before, chosen = chosen, self._less_cheap(chosen, cost)
             if torch.equal(before, chosen):
                 break
-        for n_pass in count(1):
-            cost = self.costs(chosen, f"cuts {n_pass}")
-            fewer = self._less_cheap(chosen, cost) if n_pass <= MAX_PASSES else chosen
+        cost = self.costs(chosen, "cuts 1")
+        fewer = self._less_idle(self._less_cheap(chosen, cost), cost)
+        if not torch.equal(fewer, chosen):
+            cost = self.costs(fewer, "cuts 2")
             fewer = self._less_idle(fewer, cost)
-            if torch.equal(fewer, chosen):
-                break
-            chosen = fewer
-        return chosen, cost
+        return fewer, cost.masked_fill(~fewer, torch.nan)
 
     def _less_cheap(self, chosen: Chosen, cost: Float[Tensor, " unit"]) -> Chosen:
         """The same less what costs least, as much of it as the rule allows."""
