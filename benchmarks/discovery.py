@@ -34,14 +34,17 @@ SPLITS = ("test", "shifted")
 SCORED = ("loss, model", "loss, circuit", "right, model", "right, circuit", "KL")
 PAGE = """# What the bundled models do, and by which circuits
 
-Written by `{command}`, which measures everything on it. A task counts as solved where at least {share} % of the
-held-out prompts are right; intervals are of 95 %, over templates. A circuit is searched for on training prompts until
+Written by the command below, which measures everything on it.
+
+    {command}
+
+A task counts as solved where at least {share} % of the held-out prompts are right; intervals are of 95 %, over
+templates. A circuit is searched for on training prompts until
 it agrees with its model on selection prompts (KL at most 0.2 nats, task losses within 0.03); what stands here was
 measured afterwards on prompts of two other splits: `test` has other names, `shifted` other and longer templates too.
 Losses are those of the choice between the two answers, in nats; KL is KL(model || circuit) over the vocabulary. Nodes
 outside a circuit are held at their means over text. An agreement like this is no proof that the circuit is how the
-model does it: audit it.
-"""
+model does it: audit it."""
 
 
 def solved_tasks(name: str, seed: int, folder: Path) -> list[str]:
@@ -83,7 +86,7 @@ def measured(model, circuit: Circuit, task: si.Task, seed: int) -> dict:
     return row
 
 
-def rows_of(name: str, task_name: str, kinds: list[str], seed: int, folder: Path) -> list[dict]:
+def rows_of(name: str, task_name: str, kinds: list[str], seed: int, folder: Path, found_only: bool) -> list[dict]:
     """One row for the circuit of each kind; a search that finds none says why."""
     model = si.load(name)
     task, place = si.task(task_name, model.tokenizer), folder / name / task_name
@@ -94,6 +97,9 @@ def rows_of(name: str, task_name: str, kinds: list[str], seed: int, folder: Path
     }
     for kind in kinds:
         row = {"model": name, "task": task_name, "pruned": kind}
+        if found_only and not (place / kind / "circuit.json").exists():
+            rows.append(row | {"note": "not searched for"})
+            continue
         try:
             circuit = found(place / kind / "circuit.json", searches[kind])
         except si.CircuitError as error:
@@ -143,8 +149,9 @@ def page(scores: dict[str, pd.DataFrame], frame: pd.DataFrame, means: pd.DataFra
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of text; whole numbers have no point."""
+    shown = table.astype(object).where(table.notna(), "not run").replace("nan", "not run")
     rows = [[f"{cell:.0f}" if isinstance(cell, float) and cell == round(cell) else str(cell) for cell in row]
-            for row in table.itertuples(index=False)]  # fmt: skip
+            for row in shown.itertuples(index=False)]  # fmt: skip
     head = [list(map(str, table.columns)), ["---"] * len(table.columns)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
 
@@ -155,6 +162,7 @@ def main() -> None:
     arguments.add_argument("--task", nargs="+", help="only these of the solved tasks")
     arguments.add_argument("--pruned", nargs="+", default=list(KINDS), choices=KINDS)
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--found-only", action="store_true", help="search for nothing more; score what there is")
     arguments.add_argument("--found", type=Path, default=Path("out/discovery"))
     arguments.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "discovery.md")
@@ -163,7 +171,7 @@ def main() -> None:
     for name in given.model:
         for task in solved_tasks(name, given.seed, given.found):
             if given.task is None or task in given.task:
-                rows += rows_of(name, task, given.pruned, given.seed, given.found)
+                rows += rows_of(name, task, given.pruned, given.seed, given.found, given.found_only)
     frame = pd.DataFrame(rows)
     means = geometric_means(frame)
     print(frame.to_string(index=False))
