@@ -265,10 +265,11 @@ def test_memory_is_flat_over_hundreds_of_sweeps(make_model, batch):
         patch_nodes(model, pair, nodes=[Node(0, "q", 1)], progress=False)
 
     sweep()
-    before = held()
+    n_before, bytes_before = held()
     for _ in range(200):
         sweep()
-    assert held() == before
+    n_after, bytes_after = held()
+    assert n_after <= n_before and bytes_after <= bytes_before  # what earlier tests left may go meanwhile
 
 
 # -- refusals, the table ----------------------------------------------------------------------------------------------
