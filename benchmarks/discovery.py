@@ -39,12 +39,12 @@ Written by the command below, which measures everything on it.
     {command}
 
 A task counts as solved where at least {share} % of the held-out prompts are right; intervals are of 95 %, over
-templates. A circuit is searched for on training prompts until
-it agrees with its model on selection prompts (KL at most 0.2 nats, task losses within 0.03); what stands here was
-measured afterwards on prompts of two other splits: `test` has other names, `shifted` other and longer templates too.
-Losses are those of the choice between the two answers, in nats; KL is KL(model || circuit) over the vocabulary. Nodes
-outside a circuit are held at their means over text. An agreement like this is no proof that the circuit is how the
-model does it: audit it."""
+templates. A circuit is searched for on training prompts until it agrees with its model on selection prompts (KL at
+most 0.2 nats, task losses within 0.03); what stands here was measured afterwards on prompts of two other splits: `test`
+has other names, `shifted` other and longer templates too. Losses are those of the choice between the two answers, in
+nats; KL is KL(model || circuit) over the vocabulary. Nodes outside a circuit are held at their means over text; seconds
+are of processor time; searches that were not run to their end say "not run". An agreement like this is no proof that
+the circuit is how the model does it: audit it."""
 
 
 def solved_tasks(name: str, seed: int, folder: Path) -> list[str]:
