@@ -43,8 +43,8 @@ templates. A circuit is searched for on training prompts until it agrees with it
 most 0.2 nats, task losses within 0.03); what stands here was measured afterwards on prompts of two other splits: `test`
 has other names, `shifted` other and longer templates too. Losses are those of the choice between the two answers, in
 nats; KL is KL(model || circuit) over the vocabulary. Nodes outside a circuit are held at their means over text; seconds
-are of processor time; searches that were not run to their end say "not run". An agreement like this is no proof that
-the circuit is how the model does it: audit it."""
+are of processor time. With --found-only, searches that were not run to their end say "not run". An agreement like this
+is no proof that the circuit is how the model does it: audit it."""
 
 
 def solved_tasks(name: str, seed: int, folder: Path) -> list[str]:
@@ -177,7 +177,7 @@ def main() -> None:
     print(frame.to_string(index=False))
     print(f"fewer than {ENOUGH_TASKS} tasks are solved by both" if means is None else means.to_string())
     if given.task is None and set(given.model) == set(MODELS) and set(given.pruned) == set(KINDS):
-        command = f"python benchmarks/discovery.py --seed {given.seed}"
+        command = f"python benchmarks/discovery.py --seed {given.seed}" + " --found-only" * given.found_only
         scores = {name: pd.read_csv(given.found / name / "tasks.csv") for name in MODELS}
         record = {
             "command": command,

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_interp.axes import Tokens
-from sparse_interp.circuit.graph import Circuit
+from sparse_interp.circuit.graph import EDGE_COLUMNS, Circuit
 from sparse_interp.circuit.pictures import shown
 from sparse_interp.model.dense import HookedModel
 from sparse_interp.model.sites import Node
@@ -112,9 +112,9 @@ def wire_table(circuit: Circuit, spread: dict[str, float], at_embedding: dict[st
         spread: standard deviation of every node.
         at_embedding: for every read, that of its channel as the stream enters the first block.
     """
-    wires = circuit.edges[circuit.edges.kind != "attention"]
+    wires = circuit.edges.loc[circuit.edges.kind != "attention", list(EDGE_COLUMNS)]
     written = [(EMBEDDING, node, EMBEDDING, "", 1.0) for node, size in at_embedding.items() if size > 0]
-    wires = pd.concat([wires, pd.DataFrame(written, columns=list(wires.columns)).astype({"weight": float})])
+    wires = pd.concat([wires, pd.DataFrame(written, columns=wires.columns).astype({"weight": float})])
     from_embedding = wires.target.map(at_embedding)
     wires = wires.assign(spread=wires.source.map(spread).where(wires.kind != EMBEDDING, from_embedding).astype(float))
     wires = wires.assign(contribution=wires.weight * wires.spread)

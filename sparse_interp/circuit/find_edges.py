@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sparse_interp.circuit.find import fit_rows
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
+from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edge_gates import learn_edge_gates
@@ -186,7 +187,16 @@ class _Sizing:
 
     def first(self, order: Tensor, n_open: int) -> Chosen:
         """The smallest prefix of a ranking that meets the rule."""
-        n = smallest_prefix(len(order), lambda n: self.fit(self._of(order[:n])).enough(self.config), n_open)
+        try:
+            n = smallest_prefix(len(order), lambda n: self.fit(self._of(order[:n])).enough(self.config), n_open)
+        except CircuitError as error:
+            fit = self.fit(self._of(order))
+            raise CircuitError(
+                f"no choice of edges meets the stopping rule: with all {len(order)} of them KL(model || circuit) is "
+                f"{fit.kl:.3g} nats and the task loss {fit.loss:.3g} (the model's: {fit.model_loss:.3g}) on "
+                f"{len(self.selection.batch)} selection prompts. Begin with the whole model (circuit=None) or with a "
+                "circuit found under a stricter bound, or raise n_selection: few pairs differ from draw to draw."
+            ) from error
         return self.connections.of(self._of(order[:n]))[0]
 
     def _of(self, units: Tensor) -> Chosen:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError
+from sparse_interp.interventions.answers import at_answers
 from sparse_interp.model.dense import AnyModel, DenseModel, FwdHooks, HookedModel, hooked, nobody_listening
 from sparse_interp.model.sites import NODE_SITES, SITES, NodeValues, Place, flat, places, width
 from sparse_interp.model.text import evaluating
@@ -187,6 +188,11 @@ class Resample:
             if pool[row] != prompt:
                 return row
         raise CircuitError(f"resampling needs a prompt other than {list(prompt)}; the pool of {len(pool)} has none.")
+
+
+def held_at_answers(model: HookedModel, baseline: Baseline, batch: TaskBatch) -> NodeValues | dict[Place, Tensor]:
+    """What nodes outside hold on these prompts, as runs that unembed the answer position alone take it."""
+    return baseline if isinstance(baseline, NodeValues) else at_answers(baseline.on(model, batch), batch)
 
 
 @torch.no_grad()

@@ -19,8 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import fitting
-from sparse_interp.interventions.answers import at_answers
-from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edges import gating
 from sparse_interp.interventions.gates import Gates, Meeting
@@ -65,9 +64,7 @@ class EdgeGates(Gates):
 
     def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
         """Blocks in which edges and the end are gated and nodes outside held, over the values for these prompts."""
-        values = self.baseline
-        if not isinstance(values, NodeValues):
-            values = at_answers(values.on(self.model, rows), rows)
+        values = held_at_answers(self.model, self.baseline, rows)
         scales = norm_scales(self.model, rows) if self.frozen_norms else {}
 
         @contextmanager

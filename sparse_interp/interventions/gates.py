@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_interp.interventions.ablation import partial
-from sparse_interp.interventions.answers import at_answers
-from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import FwdHooks, HookedModel
@@ -196,9 +195,7 @@ class NodeGates(Gates):
 
     def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
         """Blocks of hooks, over the baseline's values for these prompts and the norms' scales where they are frozen."""
-        values = self.baseline
-        if not isinstance(values, NodeValues):
-            values = at_answers(values.on(self.model, rows), rows)
+        values = held_at_answers(self.model, self.baseline, rows)
         scales = norm_scales(self.model, rows) if self.frozen_norms else {}
 
         @contextmanager

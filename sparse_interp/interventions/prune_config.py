@@ -9,6 +9,9 @@ OBJECTIVES = ("agreement", "task_loss", "logit_difference")
 SCHEMES = ("full", "stochastic", "adversarial")
 TARGETS = ("agreement", "kl", "loss_gap", "task_loss", "logit_difference")
 
+BOUND_IN_LOSS = ("agreement", "loss_gap", "logit_difference")
+"""Targets that include max_loss_gap."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:

@@ -17,7 +17,6 @@ their training (method and pitfalls: Drori 2026).
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import pandas as pd
@@ -39,7 +38,7 @@ from sparse_interp.interventions.answers import (
 )
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, NodeGates
-from sparse_interp.interventions.prune_config import PruneConfig
+from sparse_interp.interventions.prune_config import BOUND_IN_LOSS, PruneConfig
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeAt, NodeValues, n_nodes
 from sparse_interp.model.text import evaluating
@@ -201,10 +200,10 @@ def _step(
     for search in running:
         search.rows = next(search.draws)
     for group in _alike(running, batch.lengths, _most_tokens(model)):
-        fits = _fits(model, gates, group, batch, reference, step)
+        fits, gaps = _fits(model, gates, group, batch, reference, step)
         grads = torch.autograd.grad(fits.sum(), [search.tau for search in group])
-        for search, fit, grad in zip(group, fits.tolist(), grads, strict=True):
-            search.update(step, fit, grad)
+        for search, fit, gap, grad in zip(group, fits.tolist(), gaps.tolist(), grads, strict=True):
+            search.update(step, fit, gap, grad)
 
 
 def _alike(searches: "Sequence[_Search]", lengths: Int[Tensor, " prompt"], most_tokens: int) -> "list[list[_Search]]":
@@ -235,8 +234,9 @@ def _fits(
     batch: TaskBatch,
     reference: AnswerLogits,
     step: int,
-) -> Float[Tensor, " mask"]:
-    """What each mask's gates are worth on its prompts, in one pass: the mean of its objective over schemes."""
+) -> Float[Tensor, "2 mask"]:
+    """What each mask's gates are worth on its prompts, in one pass: its objective, and by how much the task loss lies
+    above the model's, both the means over schemes."""
     config, chosen = gates.configs[0], [search.i for search in running]
     rows = [search.rows for search in running]
     counts, joined = [len(own) for own in rows], torch.cat(rows)
@@ -244,11 +244,17 @@ def _fits(
     own = [batch.rows(own) for own in rows]
     block, references = gates.meeting(here, counts), reference[joined].split(counts)
 
-    def fits(opened: Mapping, shares: Mapping | None) -> Float[Tensor, " mask"]:
+    def run(opened: Mapping, shares: Mapping | None) -> tuple[AnswerLogits, ...]:
         with block(opened, shares):
-            logits = answer_logits(model, here).split(counts)
+            return answer_logits(model, here).split(counts)
+
+    def fits(logits: Sequence[AnswerLogits]) -> Float[Tensor, " mask"]:
         parts = zip(running, references, logits, own, strict=True)
         return torch.stack([search.objective(ref, got, prompts) for search, ref, got, prompts in parts])
+
+    def gaps(logits: Sequence[AnswerLogits]) -> Float[Tensor, " mask"]:
+        parts = zip(references, logits, own, strict=True)
+        return torch.stack([(answer_loss(got, on) - answer_loss(ref, on)).mean().detach() for ref, got, on in parts])
 
     found = []
     for scheme in config.schemes:
@@ -256,8 +262,9 @@ def _fits(
         if scheme == "adversarial":
             shut = {group: m.detach() for group, m in opened.items()}
             steps = {"n_steps": config.adversary_steps, "step_size": config.adversary_step_size}
-            shares = ascend([partial(fits, shut)], shares, **steps)[0]
-        found.append(fits(opened, shares))
+            shares = ascend([lambda shares, shut=shut: fits(run(shut, shares))], shares, **steps)[0]
+        logits = run(opened, shares)
+        found.append(torch.stack([fits(logits), gaps(logits)]))
     return torch.stack(found).mean(0)
 
 
@@ -272,11 +279,11 @@ class _Search:
         self.rows: Int[Tensor, " prompt"] = torch.empty(0, dtype=torch.long)
         self.steps: list[tuple[int, float, int, float]] = []
 
-    def update(self, step: int, fit: float, grad: Float[Tensor, " gate"]) -> None:
-        """One step on the gates, from the batch's objective and its gradient."""
+    def update(self, step: int, fit: float, gap: float, grad: Float[Tensor, " gate"]) -> None:
+        """One step on the gates, from the batch's objective and its gradient, and its gap to the model's task loss."""
         config = self.config
         self.gates.note_gain(self.i, grad, step)
-        self.price.follow(fit)
+        self.price.follow(fit, gap)
         with torch.no_grad():  # the price's gradient is written out, so that the gain holds the objective's share alone
             soft = torch.sigmoid(self.tau / config.temperature)
             self.tau.grad = grad + self.price.now * soft * (1 - soft) / config.temperature
@@ -328,21 +335,25 @@ def _task_loss(reference: AnswerLogits, logits: AnswerLogits, batch: TaskBatch) 
 
 
 class _Price:
-    """What an open gate costs: it rises while the objective is better than its bound and falls while it is worse.
+    """What an open gate costs: it rises while every bound is kept and falls while one is not.
 
-    So gates settle at the size that meets the bound, and the ranking is decided where it is going to be cut.
+    So gates settle at the size that meets the stopping rule, and the ranking is decided where it is going to be cut.
     """
 
     def __init__(self, config: PruneConfig):
         self.now, self.rate = config.k_coef, config.price_rate
         bounds = {"task_loss": config.target_task_loss, "logit_difference": config.max_ld_error}
         self.bound = bounds.get(config.objective, config.max_kl)
+        self.max_gap = config.max_loss_gap if config.rule in BOUND_IN_LOSS else math.inf
         self.fit: float | None = None
+        self.gap = 0.0
 
-    def follow(self, fit: float) -> None:
-        """Take note of one batch's objective, nats."""
+    def follow(self, fit: float, gap: float) -> None:
+        """Take note of one batch's objective, and by how much its task loss lies above the model's, nats."""
         self.fit = fit if self.fit is None else 0.8 * self.fit + 0.2 * fit
-        self.now *= math.exp(self.rate * max(-1.0, min(1.0, (self.bound - self.fit) / (0.5 * self.bound))))
+        self.gap = 0.9 * self.gap + 0.1 * gap
+        used = max(self.fit / self.bound, abs(self.gap) / self.max_gap)
+        self.now *= math.exp(self.rate * max(-1.0, min(1.0, (1 - used) / 0.5)))
 
 
 def _draws(lengths: Int[Tensor, " pair"], config: PruneConfig, generator: torch.Generator) -> Iterator[Tensor]:

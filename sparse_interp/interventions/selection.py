@@ -18,12 +18,11 @@ from sparse_interp.interventions.answers import (
     AnswerLogits,
     all_answer_logits,
     answer_logits,
-    at_answers,
     both_sides,
     length_in_common,
     stream_at,
 )
-from sparse_interp.interventions.baselines import Baseline
+from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.norms import NormScales, frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import HookedModel
@@ -128,9 +127,8 @@ class Selection:
         return torch.cat(parts)[order.argsort()]
 
     def _chunk(self, rows: torch.Tensor) -> _Chunk:
-        batch, values = self.batch.rows(rows), self.baseline
-        if not isinstance(values, NodeValues):
-            values = at_answers(values.on(self.model, batch), batch)
+        batch = self.batch.rows(rows)
+        values = held_at_answers(self.model, self.baseline, batch)
         scales = norm_scales(self.model, batch) if self.frozen_norms else {}
         return _Chunk(batch, self.reference[rows], values, scales)
 

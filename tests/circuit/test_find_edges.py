@@ -123,5 +123,7 @@ def test_what_cannot_be_searched_is_refused(truth, dense_truth):
     with pytest.raises(ConfigError, match="an edge has one gate for all positions"):
         find_edges(truth.model, None, truth.task, replace(QUICK, per_position=True), baseline=means, **draw)
     demanding = replace(QUICK, objective="task_loss", target_task_loss=1e-9)
-    with pytest.raises(CircuitError, match="no circuit meets the stopping rule"):
+    with pytest.raises(
+        CircuitError, match=r"no choice of edges .* rule: with all \d+ of them KL\(model \|\| circuit\) is"
+    ):
         find_edges(truth.model, None, truth.task, demanding, baseline=means, **draw)

@@ -17,7 +17,7 @@ from sparse_interp.interventions.pruning import SearchHistory, _draws, learn_gat
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, flat, places
 from sparse_interp.model.text import evaluating
-from sparse_interp.tasks.task import logit_difference
+from sparse_interp.tasks.task import answer_loss, logit_difference
 
 QUICK = {"n_steps": 3, "batch_size": 4, "noise": 0.0}
 
@@ -78,7 +78,7 @@ def plain_search(model, pairs, config, baseline, generator):
             taus[place] = (config.tau_init + jitter).requires_grad_()
             gains[place] = torch.zeros(len(jitter))
     optimizer = torch.optim.AdamW(taus.values(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    price, smooth, history = config.k_coef, None, []
+    price, smooth, gap, history = config.k_coef, None, 0.0, []
     with evaluating(model), frozen(model):
         reference = all_answer_logits(model, batch)
         for step, rows in zip(range(config.n_steps), _draws(pairs.lengths, config, generator), strict=False):
@@ -97,7 +97,11 @@ def plain_search(model, pairs, config, baseline, generator):
             target = log_softmax(reference[rows], -1)
             fit = kl_div(log_softmax(logits, -1), target, log_target=True, reduction="batchmean")
             smooth = fit.item() if smooth is None else 0.8 * smooth + 0.2 * fit.item()
-            push = max(-1.0, min(1.0, (config.max_kl - smooth) / (0.5 * config.max_kl)))
+            prompts = batch.rows(rows)
+            more = (answer_loss(logits, prompts) - answer_loss(reference[rows], prompts)).mean().item()
+            gap = 0.9 * gap + 0.1 * more
+            used = max(smooth / config.max_kl, abs(gap) / config.max_loss_gap)
+            push = max(-1.0, min(1.0, 2 * (1 - used)))
             price *= torch.tensor(config.price_rate * push, dtype=torch.float64).exp().item()
             for place, grad in zip(taus, torch.autograd.grad(fit, list(taus.values())), strict=True):
                 gains[place] += (-grad - gains[place]) * max(0.02, 1 / (step + 1))
@@ -114,8 +118,9 @@ def plain_search(model, pairs, config, baseline, generator):
     return [(place, channel) for _, _, place, channel in sorted(keys)], history
 
 
-def test_one_mask_is_the_search_that_its_equations_describe(truth, pairs, means):
-    config = PruneConfig(n_steps=20, batch_size=8, k_coef=0.05, lr=0.2)
+@pytest.mark.parametrize("bounds", [{"max_loss_gap": 10.0}, {"max_kl": 10.0, "max_loss_gap": 0.003}, {}])
+def test_one_mask_is_the_search_that_its_equations_describe(truth, pairs, means, bounds):
+    config = PruneConfig(n_steps=20, batch_size=8, k_coef=0.05, lr=0.2, **bounds)
     order, history = plain_search(truth.model, pairs, config, means, *seeded(3))
     search = learn_gates(truth.model, pairs, config, means, generator=seeded(3)[0])
     assert [(Place(n.layer, n.site), n.channel) for n in search.order if n.site != "k"] == order
