@@ -19,6 +19,7 @@ from sparse_interp.circuit.calibration import fit_scale
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
+from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import GateSearch, learn_gates
@@ -50,6 +51,7 @@ def find_circuit(
     *,
     baseline: NodeValues | None = None,
     search_baseline: Baseline | None = None,
+    teacher: Teacher | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> Circuit:
@@ -63,6 +65,8 @@ def find_circuit(
             bundled model, and for any other model `mean_activations(model, blocks)` makes them.
         search_baseline: what they are held at while gates are trained and the size is chosen, constants or values of
             prompts; None takes `baseline`. The scores say how each number was measured.
+        teacher: answers that the circuit is to agree with, in place of the model's own in objective, bounds and scores:
+            how the controls of faithfulness/controls.py are searched for. None takes the model's own.
         generator: draws prompts and starting gates.
         progress: whether to show progress bars.
 
@@ -77,8 +81,9 @@ def find_circuit(
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
     held = baseline if search_baseline is None else search_baseline
-    search = learn_gates(model, train, config, held, generator=generator, progress=progress)
-    selection = Selection(model, select, held, frozen_norms=config.frozen_norms, per_position=config.per_position)
+    search = learn_gates(model, train, config, held, teacher=teacher, generator=generator, progress=progress)
+    how = {"frozen_norms": config.frozen_norms, "per_position": config.per_position, "teacher": teacher}
+    selection = Selection(model, select, held, **how)
     return sized(model, task, search, selection, baseline, config, seed=seed, progress=progress)
 
 
@@ -165,9 +170,24 @@ def _without_idle(
         if n_needed == len(units):
             break
         units = [units[i] for i in sorted(order[:n_needed])]
-    alone = [(node,) for unit in units for node in unit]
-    cost = _knock_outs(model, alone, selection, config, progress, "importance")
-    importance = {unit[0]: c for unit, c in zip(alone, cost, strict=True) if abs(c) > NO_EFFECT_NATS}
+    return _felt([node for unit in units for node in unit], model, selection, config, progress)
+
+
+def _felt(
+    nodes: Sequence[N], model: HookedModel, selection: Selection, config: PruneConfig, progress: bool
+) -> tuple[list[N], dict[N, float]]:
+    """Nodes less those that change nothing, and what each costs; many such may matter together, and some stay then."""
+    cost = _knock_outs(model, [(node,) for node in nodes], selection, config, progress, "importance")
+    order = sorted(range(len(nodes)), key=lambda i: -abs(cost[i]))
+
+    def good(n: int) -> bool:
+        kept = [nodes[i] for i in order[:n]]
+        return selection.fit(kept_by(kept, model, config, selection.n_pos)).enough(config)
+
+    n_kept = sum(abs(c) > NO_EFFECT_NATS for c in cost)
+    if not good(n_kept):
+        n_kept = smallest_prefix(len(nodes), good, n_kept)
+    importance = {nodes[i]: cost[i] for i in sorted(order[:n_kept])}
     return list(importance), importance
 
 

@@ -22,6 +22,7 @@ from sparse_interp.circuit.find import fit_rows
 from sparse_interp.circuit.graph import SCORE_COLUMNS, Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
+from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edge_gates import learn_edge_gates
 from sparse_interp.interventions.edges import (
@@ -64,6 +65,7 @@ def find_edges(
     config: PruneConfig | None = None,
     *,
     baseline: NodeValues | None = None,
+    teacher: Teacher | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> Circuit:
@@ -77,6 +79,7 @@ def find_edges(
         config: how to search; None takes the circuit's own, or the defaults. A gate is that of an edge here.
         baseline: what cut edges carry and nodes outside hold, where no circuit says it; None takes the means over text
             that are kept beside a bundled model.
+        teacher: answers that the circuit is to agree with, in place of the model's own; None takes the model's own.
         generator: draws prompts and starting gates.
         progress: whether to show progress bars.
 
@@ -95,8 +98,9 @@ def find_edges(
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
     connections = Connections(model, start.kept, start.units, start.sites)
-    search = learn_edge_gates(model, train, config, start.baseline, connections, generator=generator, progress=progress)
-    selection = Selection(model, select, start.baseline, frozen_norms=config.frozen_norms)
+    how = {"teacher": teacher, "generator": generator, "progress": progress}
+    search = learn_edge_gates(model, train, config, start.baseline, connections, **how)
+    selection = Selection(model, select, start.baseline, frozen_norms=config.frozen_norms, teacher=teacher)
     sizing = _Sizing(model, start, connections, selection, config, progress)
     chosen, cost = sizing.needed(sizing.first(search.order, search.n_open))
     nodes = start.nodes_of(sizing.connections.of(chosen)[1])

@@ -1,6 +1,7 @@
 """What drives nodes and what they write, against sums written out and against hand-built models."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -37,6 +38,22 @@ def test_what_drives_a_node_is_weight_times_spread_of_its_sources(plain_model, s
         assert row.contribution == pytest.approx(row.weight * row.spread)
     shares = wires.groupby("target").share.sum()
     assert ((shares - 1).abs() < 1e-9).sum() > 50 and set(shares[(shares - 1).abs() >= 1e-9]) <= {0.0}
+
+
+def test_wires_of_a_circuit_whose_edges_were_pruned_are_those_that_it_lists(plain_model, some_nodes, zero):
+    blocks = torch.randint(50, (9, 12), generator=torch.Generator().manual_seed(5))
+    nodes, means = some_nodes(plain_model, 0.4), zero(plain_model)
+    whole = Circuit.of_nodes(plain_model, nodes, means)
+    half = {
+        matrix: mask & (torch.arange(mask.shape[1]) % 2 == 0) for matrix, mask in whole.edge_masks(plain_model).items()
+    }
+    pruned = Circuit.of_nodes(plain_model, nodes, means, edges=half)
+    priced = replace(pruned, edges=pruned.edges.assign(importance_nats=1.0))  # the column that an edge search adds
+    wires = describe(priced, plain_model, blocks).wires.frame
+    listed = pruned.edges[pruned.edges.kind != "attention"]
+    drawn = wires[wires.kind != EMBEDDING]
+    assert set(zip(drawn.source, drawn.target, strict=True)) == set(zip(listed.source, listed.target, strict=True))
+    assert 0 < (drawn.kind == "weight").sum() < (whole.edges.kind == "weight").sum()
 
 
 def test_spreads_are_of_the_task_where_there_is_one_and_never_of_padding(truth, key_circuit, generator):

@@ -57,6 +57,11 @@ def test_the_circuit_of_a_hand_written_dense_model_is_recovered_in_a_bridge_as_i
     assert theirs.nodes.importance_nats.tolist() == pytest.approx(ours.nodes.importance_nats.tolist(), abs=1e-5)
 
 
+def test_nodes_that_change_nothing_alone_stay_where_the_rule_needs_them_together(truth, monkeypatch):
+    monkeypatch.setattr("sparse_interp.circuit.find.NO_EFFECT_NATS", float("inf"))
+    assert searched(truth).node_set == truth.nodes
+
+
 @pytest.mark.parametrize(
     "options",
     [
