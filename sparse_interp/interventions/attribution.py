@@ -118,7 +118,13 @@ def attribute_nodes(
 
 
 def attribute_edges(
-    model: AnyModel, batch: TaskBatch, metric: Metric = logit_difference, *, direction: str = "denoising"
+    model: AnyModel,
+    batch: TaskBatch,
+    metric: Metric = logit_difference,
+    *,
+    method: str = "gradient",
+    steps: int = 5,
+    direction: str = "denoising",
 ) -> EdgeTable:
     """Estimate, for every non-zero weight within a block, what patching that one edge would do.
 
@@ -129,16 +135,20 @@ def attribute_edges(
         model: the model, ours or a dense one of TransformerLens; it runs in eval mode.
         batch: clean and corrupt prompts; all of them run at once.
         metric: logits and batch -> one number per prompt, differentiable.
+        method: `gradient` (EAP) or `integrated inputs` (EAP-IG); the patterns are then those on the way.
+        steps: points on the way of the integrated gradients.
         direction: as in `patch_nodes`.
 
     Raises:
-        ConfigError: for an unknown direction, or a metric without a gradient.
+        ConfigError: for an unknown method or direction, fewer than one step, or a metric without a gradient.
         TaskError: if the metric gives anything but one number per prompt.
     """
+    if method not in METHODS[:2] or steps < 1:
+        raise ConfigError(f"method={method!r}, steps={steps}: choose {' or '.join(METHODS[:2])}, and at least 1 step.")
     question = Question(model, batch, metric, direction=direction)
     with evaluating(question.model), frozen(question.model):
         runs = _Runs(question)
-        effects = edge_effects(runs)
+        effects = edge_effects(runs, steps if method == "integrated inputs" else 0)
     cfg, frames = question.model.cfg, []
     for layer, block in enumerate(question.model.layers):
         for wire in wires(cfg):
@@ -158,20 +168,18 @@ def attribute_edges(
     return EdgeTable(frame.assign(recovered_frac=frame.effect / gap if gap else float("nan")))
 
 
-def edge_effects(runs: "_Runs") -> dict[Matrix, Float[Tensor, "source target"]]:
-    """The estimate for every entry of every within-block weight matrix, zero where the weight is."""
-    weights = {
-        Matrix(layer, wire.weight_name): wire.weight(block).detach()
-        for layer, block in enumerate(runs.model.layers)
-        for wire in wires(runs.model.cfg)
-    }
-    shares = {matrix: torch.ones_like(weight).requires_grad_() for matrix, weight in weights.items()}
-    carried = row_values(runs.model, runs.source)
-    gates = {matrix: EdgeGate(share, carried[matrix]) for matrix, share in shares.items()}
-    with runs.model.gated_edges(gates), torch.enable_grad():
-        slopes = _slopes(runs.number(runs.asked.base), list(shares.values()))
-    # a share of 1 is the run itself and a share of 0 the edge patched: the way there is against the slope
-    return {matrix: -slope / len(runs.asked) for matrix, slope in zip(shares, slopes, strict=True)}
+def edge_effects(runs: "_Runs", steps: int = 0) -> dict[Matrix, Float[Tensor, "source target"]]:
+    """The estimate for every entry of every within-block weight matrix, zero where the weight is.
+
+    With `steps` it is the mean over so many runs on the way between the two embeddings, else that of the run itself.
+    """
+    total: dict[Matrix, Tensor] = {}
+    for step in range(max(1, steps)):
+        share = (step + 0.5) / steps if steps else 0.0
+        hooks: FwdHooks = [(EMBED_HOOK, partial(_moved, runs.embedding_change * share))]
+        for matrix, slope in runs.edge_slopes(hooks if steps else []).items():
+            total[matrix] = total.get(matrix, 0.0) + slope / (max(1, steps) * len(runs.asked))
+    return total
 
 
 class _Runs:
@@ -218,6 +226,26 @@ class _Runs:
                     total |= {place: total[place] + found / steps for place, found in moved.items()}
                     bar.update()
         return total
+
+    def edge_slopes(self, hooks: FwdHooks) -> dict[Matrix, Float[Tensor, "source target"]]:
+        """How fast the metric's sum grows under `hooks` as each edge comes to carry its source's change."""
+        held = self.base
+        if hooks:
+            with self.model.hooks(hooks), torch.no_grad():
+                held, _, _ = self._held(self.asked.base)
+        changed = {place: held[place] + (self.source[place] - self.base[place]) for place in self.base}
+        carried = row_values(self.model, changed)
+        weights = {
+            Matrix(layer, wire.weight_name): wire.weight(block).detach()
+            for layer, block in enumerate(self.model.layers)
+            for wire in wires(self.model.cfg)
+        }
+        shares = {matrix: torch.ones_like(weight).requires_grad_() for matrix, weight in weights.items()}
+        gates = {matrix: EdgeGate(share, carried[matrix]) for matrix, share in shares.items()}
+        with self.model.hooks(hooks), self.model.gated_edges(gates), torch.enable_grad():
+            slopes = _slopes(self.number(self.asked.base), list(shares.values()))
+        # a share of 1 is the run itself and a share of 0 the edge patched: the way there is against the slope
+        return {matrix: -slope for matrix, slope in zip(shares, slopes, strict=True)}
 
     def _gradients(self, hooks: FwdHooks, chosen: list[Place]) -> Held:
         probes = {place: torch.zeros_like(self.base[place]).requires_grad_() for place in chosen}

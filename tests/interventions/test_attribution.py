@@ -135,7 +135,7 @@ def test_the_model_is_left_as_it_was(plain_model, batch):
 # -- edges ------------------------------------------------------------------------------------------------------------
 
 
-def edge_slope(model, batch, layer, source, target, weight_name, weight):
+def edge_slope(model, batch, layer, source, target, weight_name, weight, hooks=()):
     """How fast the metric grows as one edge comes to carry what its source is on the clean prompts.
 
     The sum that a target takes is moved before AbsTopK sees it, by a hook of torch's on the model's own cuts.
@@ -145,7 +145,8 @@ def edge_slope(model, batch, layer, source, target, weight_name, weight):
     clean, corrupt = (seen_by(model, batch, tokens, name)[0] for tokens in (batch.clean, batch.corrupt))
     carried = flat(clean - corrupt)[..., source.channel]
     if source.site == "v":
-        (pattern,) = seen_by(model, batch, batch.corrupt, f"blocks.{layer}.attn.hook_pattern")
+        with model.hooks(list(hooks)):
+            (pattern,) = seen_by(model, batch, batch.corrupt, f"blocks.{layer}.attn.hook_pattern")
         carried = torch.einsum("bqk,bk->bq", pattern[:, source.channel // model.cfg.d_head], carried)
     at = {
         "q": block.attn.cut_q,
@@ -164,7 +165,7 @@ def edge_slope(model, batch, layer, source, target, weight_name, weight):
             return (total,)
 
         handle = at.register_forward_pre_hook(move)
-        found.append(metric_with(model, batch, logit_difference, []))
+        found.append(metric_with(model, batch, logit_difference, list(hooks)))
         handle.remove()
     return (found[0] - found[1]) / (2 * EPS)
 
@@ -189,6 +190,21 @@ def test_an_edge_s_estimate_is_the_slope_of_patching_it_before_abs_topk(make_mod
         source, target = node_of(row.source), node_of(row.target)
         exact = edge_slope(model, batch, source.layer, source, target, row.weight_name, row.weight)
         assert row.effect == pytest.approx(exact, abs=1e-6), row
+
+
+def test_integrated_edges_are_mean_slopes_between_the_two_embeddings(make_model, batch):
+    model = make_model(afrac=None).double()
+    clean, corrupt = (seen_by(model, batch, tokens, "hook_embed")[0] for tokens in (batch.clean, batch.corrupt))
+    between = lambda share: [("hook_embed", lambda x, hook: corrupt + share * (clean - corrupt))]
+    table = attribute_edges(model, batch, method="integrated inputs", steps=2).frame
+    rows = table.sort_values("effect", key=abs).groupby("weight_name").tail(2)
+    assert len(rows) == 12 and (rows.effect.abs() > 1e-3).all()
+    for row in rows.itertuples():
+        ends = node_of(row.source), node_of(row.target)
+        edge = (model, batch, ends[0].layer, *ends, row.weight_name, row.weight)
+        at = [edge_slope(*edge, between(share)) for share in (0.25, 0.75)]
+        assert row.effect == pytest.approx(sum(at) / 2, abs=1e-6), row
+    assert not table.effect.equals(attribute_edges(model, batch).frame.effect)
 
 
 def test_edges_into_a_dense_write_add_up_to_their_source_node(make_model, batch):
@@ -268,6 +284,8 @@ def test_what_cannot_be_estimated_is_refused(plain_model, batch):
         attribute_nodes(plain_model, batch, method="ig")
     with pytest.raises(ConfigError, match="at least 1 step"):
         attribute_nodes(plain_model, batch, method="integrated nodes", steps=0)
+    with pytest.raises(ConfigError, match="'integrated nodes', steps=5: choose gradient or integrated inputs"):
+        attribute_edges(plain_model, batch, method="integrated nodes")
     with pytest.raises(ConfigError, match="the metric has no gradient, as counts have none"):
         attribute_nodes(plain_model, batch, is_correct)
 
