@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from sparse_interp.axes import Resid
+from sparse_interp.axes import PerPrompt, Resid
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, Values, holding_hooks
 from sparse_interp.interventions.answers import (
@@ -138,16 +140,26 @@ class Selection:
         with frozen_norms(self.model, chunk.scales), self.model.hooks(fwd_hooks=holding_hooks(kept, chunk.values)):
             yield
 
-    @torch.no_grad()
-    def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int) -> Iterator[float]:
-        """By how much the mean KL(model || circuit) grows from `kept` to each of `without`, nats, layer by layer.
+    def measured(self, every: int) -> Int[Tensor, " prompt"]:
+        """Which prompts measure a knock-out, one in `every`, in the order in which they run."""
+        rows = torch.arange(0, len(self.batch), every)
+        return rows[self.batch.lengths[rows.to(self.batch.lengths.device)].cpu().argsort(stable=True)]
 
-        `without` holds, under the number of a layer, what is kept when something of that layer is knocked out too:
-        the layers before it are run once for all of them. One in `every` prompts is measured.
+    def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int) -> Iterator[float]:
+        """By how much the mean KL(model || circuit) grows from `kept` to each of `without`, nats; see `divergences`."""
+        found = self.divergences(kept, without, every)
+        whole = next(found).mean().item()
+        for kl in found:
+            yield kl.mean().item() - whole
+
+    @torch.no_grad()
+    def divergences(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int = 1) -> Iterator[PerPrompt]:
+        """KL(model || circuit) of `kept`, then of each of `without`, layer by layer, on the prompts `measured(every)`.
+
+        `without` holds, under the number of a layer, what is kept when something of that layer is knocked out too, or
+        added: the layers before it are run once for all of them.
         """
         model, n_layers = self.model, self.model.cfg.n_layers
-        rows = torch.arange(0, len(self.batch), every)
-        rows = rows[self.batch.lengths[rows.to(self.batch.lengths.device)].cpu().argsort(stable=True)]
 
         def run(candidate: Masks, chunk: _Chunk, resid: Resid | None, layer: int) -> AnswerLogits:
             with self._holding(candidate, chunk):
@@ -157,17 +169,17 @@ class Selection:
             with self._holding(kept, chunk):
                 return stream_at(model, chunk.batch, layer) if layer else None
 
-        def kl(candidate: Masks, streams: Sequence[Resid | None], layer: int) -> float:
+        def kl(candidate: Masks, streams: Sequence[Resid | None], layer: int) -> PerPrompt:
             runs = [(chunk, run(candidate, chunk, s, layer)) for chunk, s in zip(chunks, streams, strict=True)]
-            return torch.cat([kl_divergence(c.reference, logits, c.batch) for c, logits in runs]).mean().item()
+            return torch.cat([kl_divergence(c.reference, logits, c.batch) for c, logits in runs])
 
         with evaluating(model):
-            chunks = [self._chunk(part) for part in rows.split(64)]
-            whole = kl(kept, [None] * len(chunks), 0)
+            chunks = [self._chunk(part) for part in self.measured(every).split(64)]
+            yield kl(kept, [None] * len(chunks), 0)
             for layer in range(n_layers + 1):
                 streams = [stream(chunk, layer) for chunk in chunks] if layer in without else []
                 for candidate in without.get(layer, ()):
-                    yield kl(candidate, streams, layer) - whole
+                    yield kl(candidate, streams, layer)
 
     def fit(self, kept: Masks) -> Fit:
         """What the stopping rules look at."""
