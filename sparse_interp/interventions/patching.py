@@ -171,7 +171,7 @@ def patch_direct_paths(
     readers = [receiver for receiver in receivers if isinstance(receiver, Receiver)]
     nodes = [receiver for receiver in receivers if isinstance(receiver, Node)]
     batch = batch.to(model.embed.W_E.device)
-    with evaluating(model), _forks(model):
+    with evaluating(model), forks(model):
         clean, in_clean = _run(model, batch, batch.clean, sender)
         corrupt, in_corrupt = _run(model, batch, batch.corrupt, sender)
         messages = {
@@ -238,7 +238,7 @@ def _halves(model: HookedModel, sender: Head | Iterable[Node]) -> list[int]:
 
 
 @contextmanager
-def _forks(model: HookedModel) -> Iterator[None]:
+def forks(model: HookedModel) -> Iterator[None]:
     """Inside the block readers of ours have streams of their own and heads have results; then flags are as before."""
     if isinstance(model, DenseModel):
         yield
