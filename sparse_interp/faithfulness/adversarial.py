@@ -37,7 +37,7 @@ from sparse_interp.circuit.looking import record
 from sparse_interp.circuit.pictures import shown
 from sparse_interp.circuit.readings import HeadReadings, read_heads
 from sparse_interp.errors import TaskError
-from sparse_interp.faithfulness.scores import mean_of
+from sparse_interp.faithfulness.scores import groups_of, mean_of
 from sparse_interp.interventions.ablation import FwdHooks
 from sparse_interp.interventions.answers import answer_logits, both_sides
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -250,17 +250,11 @@ def _needed_heads(
     """Heads that the circuit needs at the answer position; none where it is right no more often than chance."""
     with evaluating(model), circuit.running(model):
         answers = _answers(model, batch)
-    if not mean_of(answers.correct, _groups(batch), generator).low > 0.5:
+    if not mean_of(answers.correct, groups_of(batch), generator).low > 0.5:
         return []
     frame, total = heads.heads.frame, answers.logits.mean().item()
     worth = frame[(frame.knockout_at_answer >= NEEDED * total) & (frame.knockout_at_answer >= frame.knockout / 2)]
     return list(zip(worth.layer.tolist(), worth["head"].tolist(), strict=True))
-
-
-def _groups(batch: TaskBatch) -> list[int]:
-    """What an interval draws: the template of each prompt, or its pair where there is only one template."""
-    templates = batch.template.tolist()
-    return templates if len(set(templates)) > 1 else 2 * list(range(len(templates) // 2))
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -430,7 +424,7 @@ def _measured(reading: _Reading, edit: Edit) -> tuple:
         control = _answers(model, edit.neutral)
     else:
         control = _answers(model, edit.after, _looking_as_before(model, edit))
-    groups = _groups(edit.before)
+    groups = groups_of(edit.before)
     cells: list[float] = []
     lows = {}
     for name in ("correct", "logits"):

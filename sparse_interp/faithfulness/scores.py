@@ -92,9 +92,8 @@ class CircuitScores:
 
     @property
     def groups(self) -> list[int]:
-        """What an interval draws: the template of each prompt, or its pair where there is only one template."""
-        templates = self.batch.template.tolist()
-        return templates if len(set(templates)) > 1 else 2 * list(range(len(self.batch) // 2))
+        """What an interval draws."""
+        return groups_of(self.batch)
 
     def interval(self, values: PerPrompt, generator: torch.Generator) -> Interval:
         """Mean of one number per prompt, with its interval."""
@@ -118,12 +117,7 @@ class CircuitScores:
         if bool((both.std(0, correction=0) < CONSTANT).any()):
             return Interval(nan, nan, nan)
         x, y = (both - both.mean(0)).unbind(1)
-
-        def pearson(means: Float[Tensor, "draw 5"]) -> Float[Tensor, " draw"]:
-            x, y, xx, yy, xy = means.unbind(1)
-            return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
-
-        return _of_means(torch.stack([x, y, x * x, y * y, x * y], 1), pearson, self.groups, generator)
+        return of_means(torch.stack([x, y, x * x, y * y, x * y], 1), pearson, self.groups, generator)
 
     def faithfulness(self, generator: torch.Generator) -> Interval:
         """Share of the model's mean logit difference, over that of nothing, that the circuit restores; 1 is all of it.
@@ -139,7 +133,7 @@ class CircuitScores:
             circuit, model, nothing = means.unbind(1)
             return (circuit - nothing) / (model - nothing)
 
-        return _of_means(columns, share, self.groups, generator)
+        return of_means(columns, share, self.groups, generator)
 
 
 def score_circuit(
@@ -226,6 +220,20 @@ def prompt_scores(logits: AnswerLogits, reference: AnswerLogits, batch: TaskBatc
     )
 
 
+def some_pairs(pairs: TaskBatch, n: int, *, generator: torch.Generator) -> TaskBatch:
+    """At most `n` of the pairs, drawn at random and as evenly from the templates as these allow."""
+    drawn = torch.randperm(len(pairs), generator=generator, device=generator.device).cpu()
+    templates = pd.Series(pairs.template[drawn.to(pairs.template.device)].tolist())
+    turn = torch.tensor(templates.groupby(templates).cumcount().to_numpy())
+    return pairs.rows(drawn[turn.argsort(stable=True)[:n]].sort().values.to(pairs.clean.device))
+
+
+def groups_of(batch: TaskBatch) -> list[int]:
+    """What an interval draws: the template of each prompt of both sides, or its pair where there is one template."""
+    templates = batch.template.tolist()
+    return templates if len(set(templates)) > 1 else 2 * list(range(len(batch) // 2))
+
+
 def mean_of(values: PerPrompt, groups: list[int], generator: torch.Generator) -> Interval:
     """Mean with its bootstrap interval; of a single group there is a mean and no interval."""
     if len(set(groups)) < 2:
@@ -233,7 +241,13 @@ def mean_of(values: PerPrompt, groups: list[int], generator: torch.Generator) ->
     return bootstrap_interval(values, groups, generator=generator)
 
 
-def _of_means(
+def pearson(means: Float[Tensor, "draw 5"]) -> Float[Tensor, " draw"]:
+    """Correlation of x and y from the means of x, y, x x, y y and x y."""
+    x, y, xx, yy, xy = means.unbind(1)
+    return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
+
+
+def of_means(
     columns: Float[Tensor, "prompt column"],
     statistic: Callable[[Float[Tensor, "draw column"]], Float[Tensor, " draw"]],
     groups: list[int],

@@ -9,7 +9,7 @@ import torch
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
-from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit
+from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit, some_pairs
 from sparse_interp.interventions.ablation import Ablation, ablate
 from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.interventions.baselines import mean_activations
@@ -137,6 +137,18 @@ def test_values_that_depend_on_the_template_alone_get_the_interval_of_templates(
     groups = [0] * 500 + [1] * 500
     found = mean_of(torch.tensor([0.0] * 500 + [1.0] * 500), groups, generator)
     assert (found.low, found.mean, found.high) == (0, 0.5, 1)
+
+
+def test_some_pairs_are_of_every_template_and_always_the_same():
+    truth, _ = hand_built("quote")
+    seeded = lambda: torch.Generator().manual_seed(0)
+    pairs = truth.task.batch(64, "test", generator=seeded())
+    chosen = some_pairs(pairs, 8, generator=seeded())
+    n_each = pairs.template.unique()
+    assert len(chosen) == 8 and {*chosen.template.tolist()} == {*n_each.tolist()}
+    assert max(chosen.template.bincount()[n_each]) - min(chosen.template.bincount()[n_each]) <= 1
+    assert torch.equal(chosen.clean, some_pairs(pairs, 8, generator=seeded()).clean)
+    assert len(some_pairs(pairs, 100, generator=seeded())) == 64
 
 
 def test_one_group_has_a_mean_and_no_interval(generator):
