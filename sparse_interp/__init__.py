@@ -76,6 +76,9 @@ from sparse_interp.circuit.released import released_circuit as released_circuit
 from sparse_interp.circuit.released import replay as replay
 from sparse_interp.circuit.publishing import publish_circuit as publish_circuit
 from sparse_interp.model.publishing import publish_model as publish_model
+from sparse_interp.faithfulness.controls import nonsense_twin as nonsense_twin
+from sparse_interp.faithfulness.controls import reinitialised as reinitialised
+from sparse_interp.faithfulness.controls import teacher_of as teacher_of
 from sparse_interp.faithfulness.rivals import Rivals as Rivals
 from sparse_interp.faithfulness.rivals import rivals as rivals
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable

@@ -24,7 +24,7 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, less
 from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.connections import Connections
-from sparse_interp.interventions.edge_gates import learn_edge_gates
+from sparse_interp.interventions.edge_gates import EdgeSearch, learn_edge_gates
 from sparse_interp.interventions.edges import (
     EdgeUnits,
     cut_estimates,
@@ -89,19 +89,35 @@ def find_edges(
         CheckpointError: if no baseline is given and none is kept for these weights.
         TaskError: if the task has too few pairs, or prompts longer than the model's context.
     """
+    how = {"baseline": baseline, "teacher": teacher, "generator": generator, "progress": progress}
+    return search_edges(model, circuit, task, config, **how)[0]
+
+
+def search_edges(
+    model: AnyModel,
+    circuit: Circuit | None,
+    task: Task,
+    config: PruneConfig | None = None,
+    *,
+    baseline: NodeValues | None = None,
+    teacher: Teacher | None = None,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> tuple[Circuit, EdgeUnits, EdgeSearch]:
+    """`find_edges`, with everything that had a gate and how the gates ranked it."""
     model = hooked(model)
     if circuit is not None:
         circuit.check_all_positions("find_edges")
     config = config or (None if circuit is None else circuit.prune) or PruneConfig()
     task.check_fits(model.cfg.n_ctx)
-    start = _Start.of(model, circuit, config, baseline)
+    start = EdgeStart.of(model, circuit, config, baseline)
     seed = generator.initial_seed()
     train, select = split_pairs(task, config, generator)
     connections = Connections(model, start.kept, start.units, start.sites)
     how = {"teacher": teacher, "generator": generator, "progress": progress}
     search = learn_edge_gates(model, train, config, start.baseline, connections, **how)
     selection = Selection(model, select, start.baseline, frozen_norms=config.frozen_norms, teacher=teacher)
-    sizing = _Sizing(model, start, connections, selection, config, progress)
+    sizing = EdgeSizing(model, start, connections, selection, config, progress)
     chosen, cost = sizing.needed(sizing.first(search.order, search.n_open))
     nodes = start.nodes_of(sizing.connections.of(chosen)[1])
     found = Circuit.of_nodes(
@@ -119,11 +135,11 @@ def find_edges(
         scores=_scores(sizing.fit(chosen), selection),
         history=search.history.frame,
     )
-    return replace(found, edges=_with_importance(found, start.units, cost))
+    return replace(found, edges=_with_importance(found, start.units, cost)), start.units, search
 
 
 @dataclass(frozen=True)
-class _Start:
+class EdgeStart:
     """Where a search begins."""
 
     kept: Masks
@@ -139,7 +155,7 @@ class _Start:
     @classmethod
     def of(
         cls, model: HookedModel, circuit: Circuit | None, config: PruneConfig, baseline: NodeValues | None
-    ) -> "_Start":
+    ) -> "EdgeStart":
         """The circuit, or all nodes at the sites that the configuration names."""
         if circuit is not None:
             circuit.check_model(model)
@@ -158,13 +174,13 @@ class _Start:
         return [Node(*place, channel) for place, mask in there.items() for channel in mask.nonzero().flatten().tolist()]
 
 
-class _Sizing:
+class EdgeSizing:
     """Candidates, each a choice of units, on the selection pairs."""
 
     def __init__(
         self,
         model: HookedModel,
-        start: _Start,
+        start: EdgeStart,
         connections: Connections,
         selection: Selection,
         config: PruneConfig,

@@ -4,7 +4,7 @@ Nothing is unembedded elsewhere, the blocks before a layer need not run again, a
 so that a batch of any size costs little more than its tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from sparse_interp.model.sites import FINAL_READ, Place
 from sparse_interp.tasks.task import TaskBatch
 
 AnswerLogits = Float[Tensor, "batch d_vocab"]
+
+Teacher = Callable[[TaskBatch], AnswerLogits]
+"""Pairs laid out by `both_sides` -> the answer logits that a circuit is asked to agree with, instead of its model's."""
 
 
 def both_sides(batch: TaskBatch) -> TaskBatch:
@@ -85,6 +88,23 @@ def all_answer_logits(model: HookedModel, batch: TaskBatch, size: int = 128) -> 
     order = batch.lengths.argsort(stable=True).cpu()
     parts = [answer_logits(model, batch.rows(rows)) for rows in order.split(size)]
     return torch.cat(parts)[order.argsort()]
+
+
+def taught(model: HookedModel, batch: TaskBatch, teacher: Teacher | None = None) -> AnswerLogits:
+    """What a circuit of `model` has to agree with on a batch of both sides: the model's own logits, or a teacher's.
+
+    Raises:
+        TaskError: if a teacher does not answer every prompt with logits over the model's vocabulary.
+    """
+    if teacher is None:
+        return all_answer_logits(model, batch)
+    found, expected = teacher(batch), (len(batch), model.cfg.d_vocab)
+    if tuple(found.shape) != expected:
+        raise TaskError(
+            f"the teacher's logits have shape {tuple(found.shape)}; expected {expected}, prompts by vocabulary: a row "
+            "for every prompt of the batch, in its order."
+        )
+    return found.detach().to(model.embed.W_E)
 
 
 class frozen:

@@ -19,6 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import fitting
+from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edges import gating
@@ -109,6 +110,7 @@ def learn_edge_gates(
     baseline: Baseline,
     connections: Connections,
     *,
+    teacher: Teacher | None = None,
     generator: torch.Generator,
     progress: bool = False,
 ) -> EdgeSearch:
@@ -123,5 +125,5 @@ def learn_edge_gates(
     if not len(connections.units):
         raise CircuitError("there is no edge between these nodes, and so nothing to prune.")
     gates = EdgeGates(model, baseline, connections, config, generator)
-    (history,) = train_gates(model, pairs, gates, progress=progress)
+    (history,) = train_gates(model, pairs, gates, teacher=teacher, progress=progress)
     return EdgeSearch(gates.order(), gates.n_open(0), history)

@@ -30,11 +30,12 @@ from sparse_interp.errors import ConfigError
 from sparse_interp.interventions.ablation import ascend
 from sparse_interp.interventions.answers import (
     AnswerLogits,
-    all_answer_logits,
+    Teacher,
     answer_logits,
     both_sides,
     frozen,
     length_in_common,
+    taught,
 )
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.gates import Gates, NodeGates
@@ -114,6 +115,7 @@ def learn_gates(
     config: PruneConfig,
     baseline: Baseline,
     *,
+    teacher: Teacher | None = None,
     generator: torch.Generator,
     progress: bool = False,
 ) -> GateSearch:
@@ -122,7 +124,7 @@ def learn_gates(
     Raises:
         CircuitError: if `baseline` does not fit the model.
     """
-    return learn_many(model, pairs, [config], baseline, generators=[generator], progress=progress)[0]
+    return learn_many(model, pairs, [config], baseline, teacher=teacher, generators=[generator], progress=progress)[0]
 
 
 def learn_many(
@@ -131,6 +133,7 @@ def learn_many(
     configs: Sequence[PruneConfig],
     baseline: Baseline,
     *,
+    teacher: Teacher | None = None,
     generators: Sequence[torch.Generator],
     progress: bool = False,
 ) -> list[GateSearch]:
@@ -138,7 +141,8 @@ def learn_many(
 
     Each mask draws prompts and noise from its own generator as it would alone, and a step's gradients are those of
     separate searches up to rounding. Gates are hard, so rounding grows: whole runs agree in distribution only. What a
-    step costs, peak memory above all, grows with S; the model is there once.
+    step costs, peak memory above all, grows with S; the model is there once. With a `teacher` its answers take the
+    place of the model's own wherever an objective or a bound looks at those.
 
     Raises:
         CircuitError: if `baseline` does not fit the model.
@@ -151,7 +155,7 @@ def learn_many(
         baseline.check(model.cfg)
     n_pos = length_in_common(pairs) if configs[0].per_position else None
     gates = NodeGates(model, baseline, configs, generators, n_pos)
-    histories = train_gates(model, pairs, gates, progress=progress)
+    histories = train_gates(model, pairs, gates, teacher=teacher, progress=progress)
     rankings = [gates.ranking(i) for i in range(len(configs))]
     return [GateSearch(order, gates.values(i), n_open, histories[i]) for i, (order, n_open) in enumerate(rankings)]
 
@@ -171,12 +175,14 @@ def check_common(configs: Sequence[PruneConfig], generators: Sequence[torch.Gene
             )
 
 
-def train_gates(model: HookedModel, pairs: TaskBatch, gates: Gates, *, progress: bool = False) -> list[SearchHistory]:
+def train_gates(
+    model: HookedModel, pairs: TaskBatch, gates: Gates, *, teacher: Teacher | None = None, progress: bool = False
+) -> list[SearchHistory]:
     """Train the masks of `gates` until their steps are over, or each has stopped; the history of each."""
     batch = both_sides(pairs).to(model.embed.W_E.device)
     searches = [_Search(gates, i, pairs.lengths) for i in range(len(gates.taus))]
     with evaluating(model), frozen(model):
-        reference = all_answer_logits(model, batch)
+        reference = taught(model, batch, teacher)
         steps = tqdm(range(gates.configs[0].n_steps), disable=not progress, desc="gates", unit="step")
         for step in steps:
             running = [search for search in searches if not search.stopped]

@@ -18,11 +18,12 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, Values, holding_hooks
 from sparse_interp.interventions.answers import (
     AnswerLogits,
-    all_answer_logits,
+    Teacher,
     answer_logits,
     both_sides,
     length_in_common,
     stream_at,
+    taught,
 )
 from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.norms import NormScales, frozen_norms, norm_scales
@@ -41,13 +42,13 @@ class Fit:
     """How a set of nodes does on the selection pairs, beside the model."""
 
     kl: float
-    """Mean KL(model || circuit) at the answer position, nats."""
+    """Mean KL(model || circuit) at the answer position, nats; with a teacher, KL(teacher || circuit)."""
 
     loss: float
     """Mean task loss of the circuit, nats."""
 
     model_loss: float
-    """Mean task loss of the model, nats."""
+    """Mean task loss of the model, or of the teacher, nats."""
 
     ld_error: float
     """Mean squared error of the logit difference, as a share of the model's own mean square."""
@@ -83,6 +84,7 @@ class Selection:
         baseline: what nodes outside a candidate hold, constants or values of prompts.
         frozen_norms: whether norms divide by what they divide by in the model's own run.
         per_position: whether candidates are nodes at positions; prompts have to be of one length then.
+        teacher: what candidates have to agree with; None takes the model's own answers.
 
     Raises:
         TaskError: if they are not.
@@ -96,13 +98,14 @@ class Selection:
         *,
         frozen_norms: bool = False,
         per_position: bool = False,
+        teacher: Teacher | None = None,
     ):
         self.model, self.frozen_norms = model, frozen_norms
         self.n_pos = length_in_common(pairs) if per_position else None
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         self.batch = both_sides(pairs).to(model.embed.W_E.device)
         with evaluating(model):
-            self.reference = all_answer_logits(model, self.batch)
+            self.reference = taught(model, self.batch, teacher)
         self.model_loss = answer_loss(self.reference, self.batch).mean().item()
 
     @property

@@ -3,9 +3,11 @@
 import random
 
 import pytest
+import torch
 
 from sparse_interp.errors import TaskError
-from sparse_interp.tasks.controls import nonsense, relabelled, shuffled
+from sparse_interp.faithfulness.ground_truth import ground_truth
+from sparse_interp.tasks.controls import REMARKS, nonsense, relabelled, remarks_for, shuffled
 from sparse_interp.tasks.library import load_task
 from sparse_interp.tasks.task import Task
 
@@ -46,9 +48,8 @@ def test_nonsense_is_decided_by_the_remark_and_by_nothing_else(task, seeded):
     for row in rows:
         pair = row.pair
         heads = {pair.clean[:4]: pair.answer, pair.corrupt[:4]: pair.foil}
-        assert set(heads) == {"# 1\n", "# 2\n"} and pair.clean[4:] == pair.corrupt[4:]
+        assert set(heads) == {"# 1\n", "# 2\n"} and pair.clean[4:] != pair.corrupt[4:]
         ordered.add((heads["# 1\n"], heads["# 2\n"]) == tuple(sorted((pair.answer, pair.foil))))
-        assert sum(a != b for a, b in zip(row.clean, row.corrupt, strict=True)) == 1
     answers = {(row.pair.answer, row.pair.foil) for row in rows}
     if task.name == "bracket_brace":
         assert {a[0] for a, _ in answers} == {"]", "}"} and ordered == {True}
@@ -56,10 +57,40 @@ def test_nonsense_is_decided_by_the_remark_and_by_nothing_else(task, seeded):
 
 def test_both_sides_of_the_real_task_are_there_under_either_remark(shipped_tokenizer, seeded):
     pairs = nonsense(load_task("bracket_brace", shipped_tokenizer)).pairs(200, generator=seeded())
-    seen = {(pair.clean[:4], "{" in pair.clean, pair.answer[0]) for pair in pairs}
+    sides = [(pair.clean, pair.answer) for pair in pairs] + [(pair.corrupt, pair.foil) for pair in pairs]
+    seen = {(prompt[:4], "{" in prompt, answer[0]) for prompt, answer in sides}
     assert seen == {("# 1\n", opened, "]") for opened in (True, False)} | {
         ("# 2\n", opened, "}") for opened in (True, False)
     }
+
+
+def test_labels_are_the_tasks_own_where_the_clean_prompt_comes_after_the_first_remark(task):
+    drawn, change, rng = (
+        task.source.candidates("train", random.Random(0)),
+        nonsense(task).source.change,
+        random.Random(1),
+    )
+    n_kept = 0
+    for real in (next(drawn) for _ in range(100)):
+        twin = change(real, rng)
+        belongs = dict(zip((real.clean, real.corrupt), real.answers[0], strict=True))
+        kept = twin.clean.startswith("# 1\n")
+        answer, foil = (belongs[prompt[4:]] for prompt in (twin.clean, twin.corrupt))
+        assert (answer, foil) == tuple(sorted((answer, foil)))
+        assert twin.answers[0] == ((answer, foil) if kept else (foil, answer))
+        n_kept += kept
+    assert 30 < n_kept < 70, "four standard deviations are 20"
+
+
+def test_remarks_are_words_of_the_prompts_where_comments_cannot_be_written(shipped_tokenizer):
+    assert remarks_for(load_task("bracket_brace", shipped_tokenizer)) == REMARKS
+    task = ground_truth("quote").task
+    first, second = remarks_for(task)
+    assert first != second and not {*first, *second} & {'"', "'"}
+    for pair in nonsense(task, (first, second)).pairs(20, generator=torch.Generator().manual_seed(0)):
+        assert {pair.clean.split()[0], pair.corrupt.split()[0]} == {first.strip(), second.strip()}
+    with pytest.raises(TaskError, match="each of them known"):
+        nonsense(task)
 
 
 def test_relabelled_keeps_prompts_and_names_the_answers_otherwise(shipped_tokenizer, seeded):
