@@ -1,13 +1,13 @@
-"""Two models in one: an answer that needs both of two circuits, or that either of two copies is enough for.
+"""Several models in one: an answer that needs both of two circuits, or that any of some copies is enough for.
 
     joined(a, b)   prompt of a, prompt of b   ->   agreed if both would give their first answer, else refused
                    a neuron of a last layer:   relu(2 (u_a + u_b)),   u the answer channel of each, as +1 or -1
-    doubled(a)     prompt of a                ->   its answer
-                   two heads of a last layer:  1 where u_a + u_copy > 1/2, -1 where it is < -1/2, by their sinks
+    copied(a, n)   prompt of a                ->   its answer
+                   two heads of a last layer:  1 where u_1 + ... + u_n > 1/2, -1 where it is < -1/2, by their sinks
 
-Joined, the key is that of `a`, that of `b`, and the neuron. Doubled, there is a key through either copy: one is as far
-above the threshold as both. Every composed model is measured before it is handed out, and refused if its keys are not
-what they claim to be.
+Joined, the key is that of `a`, that of `b`, and the neuron. Copied, there is a key through each copy: one is above the
+threshold as all are. Every composed model is measured before it is handed out, and refused if its keys are not what
+they claim to be.
 """
 
 import math
@@ -15,6 +15,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -71,15 +72,18 @@ def joined(first: GroundTruth, second: GroundTruth, *, generator: torch.Generato
     return _proved(name, model, task, keys, why, channels, generator)
 
 
-def doubled(truth: GroundTruth, *, generator: torch.Generator) -> GroundTruth:
-    """A model with two copies of that of `truth`, and two heads that are content with either.
+def copied(truth: GroundTruth, n: int = 2, *, generator: torch.Generator) -> GroundTruth:
+    """A model with `n` copies of that of `truth`, and two heads that are content with any.
 
     Raises:
-        TaskError: if `truth` does not tell its answers apart by one channel, or its model has norms or AbsTopK.
+        TaskError: if `truth` does not tell its answers apart by one channel, if its model has norms or AbsTopK, or if
+            there are fewer than two copies.
     """
-    name = f"{truth.name} twice"
+    if n < 2:
+        raise TaskError(f"n={n} copies of {truth.name}; expected 2 or more, of which each is enough.")
+    name = f"{truth.name} x {n}"
     task = replace(truth.task, name=name)  # the same prompts
-    model, parts, channels = _side_by_side((truth, truth), task)
+    model, parts, channels = _side_by_side((truth,) * n, task)
     top, gate, d_head = model.cfg.n_layers - 1, model.cfg.d_model - 1, model.cfg.d_head
     yes, no = (_answer_of(truth.task, side) for side in (0, 1))
     attn, (middle, half) = model.layers[top].attn, _centres(model, parts, task, yes, generator)[0]
@@ -87,7 +91,7 @@ def doubled(truth: GroundTruth, *, generator: torch.Generator) -> GroundTruth:
     for head, sign in enumerate((1, -1)):
         for channel, _ in parts:
             attn.W_Q.data[head, channel, 0] = sign * sharpness / half
-        attn.b_Q.data[head, 0] = -sharpness * (sign * 2 * middle / half + 0.5)
+        attn.b_Q.data[head, 0] = -sharpness * (sign * n * middle / half + 0.5)
         attn.b_K.data[head, 0], attn.b_V.data[head, 0], attn.W_O.data[head, 0, gate] = KEY, 1, sign
         assert attn.sink is not None
         attn.sink.data[head] = 2.5  # about as much as all keys of a score of 0
@@ -99,7 +103,7 @@ def doubled(truth: GroundTruth, *, generator: torch.Generator) -> GroundTruth:
         for read, part in ((Node(top, "attn_read", channel), part) for channel, part in parts)
         for key in _inner(part)
     ]
-    why = f"{truth.why} All this is there twice, and two heads of the last layer are content with either."
+    why = f"{truth.why} All this is there {n} times, and two heads of the last layer are content with any."
     return _proved(name, model, task, keys, why, channels, generator)
 
 
@@ -190,10 +194,15 @@ def _side_by_side(
         put(truth.model, model, where)
         answer = stream + _answer_channels(truth)[0]
         parts.append((answer, moved(truth, model, where)))
-        channels += [name if name not in channels else f"{name}_2" for name in truth.channels]
+        channels += [_unused(name, channels) for name in truth.channels]
         stream, heads, neurons = stream + cfg.d_model, heads + cfg.n_heads, neurons + d_mlp
     _silence(model, parts)
     return model, parts, (*channels, "joint")
+
+
+def _unused(name: str, names: Sequence[str]) -> str:
+    """A name for another channel called so: with a number behind it."""
+    return next(new for new in (name, *(f"{name}_{i}" for i in count(2))) if new not in names)
 
 
 def _silence(model: HookedSparseTransformer, parts: Sequence[Part]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_interp.errors import TaskError
-from sparse_interp.faithfulness.composed import NO, YES, doubled, joined
+from sparse_interp.faithfulness.composed import NO, YES, copied, joined
 from sparse_interp.faithfulness.ground_truth import (
     HARMFUL,
     HARMLESS,
@@ -22,7 +22,7 @@ from sparse_interp.tasks.task import is_argmax, kl_divergence
 
 @pytest.fixture(scope="module")
 def twice():
-    return doubled(ground_truth("quote"), generator=torch.Generator().manual_seed(0))
+    return copied(ground_truth("quote"), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(params=["joint", "twice"])
@@ -31,7 +31,7 @@ def truth(request):
 
 
 def test_a_composed_model_is_always_right_and_says_what_it_is(truth, generator):
-    assert truth.task.name == truth.name in ("distractor and two_copies", "quote twice")
+    assert truth.task.name == truth.name in ("distractor and two_copies", "quote x 2")
     for split in truth.task.splits:
         batch = both_sides(truth.task.batch(50, split, generator=generator))
         assert is_argmax(logits_of(truth.model, batch), batch).min() == 1
@@ -71,10 +71,25 @@ def test_of_two_copies_each_is_enough_and_neither_is_none(twice, generator):
         assert kl < HARMLESS if agrees else kl > HARMFUL
 
 
+def test_of_three_copies_each_is_enough_and_none_is_not(generator):
+    truth = copied(ground_truth("bracket_depth"), 3, generator=generator)
+    assert len(truth.keys) == 3 and len(set(truth.channels)) == len(truth.channels)
+    means = mean_activations(truth.model, truth.blocks(16, generator=generator))
+    batch = truth.task.batch(8, "test", generator=generator)
+    reference, every = logits_of(truth.model, batch), frozenset.intersection(*(key.nodes for key in truth.keys))
+    two = frozenset.union(*(key.nodes for key in truth.keys[:2])) - every
+    for held, agrees in ((two, True), (truth.keys[2].nodes - every, True), (truth.repaired, False)):
+        with ablate(truth.model, held, means):
+            kl = kl_divergence(reference, logits_of(truth.model, batch), batch).mean()
+        assert kl < HARMLESS if agrees else kl > HARMFUL
+    with pytest.raises(TaskError, match="n=1 copies"):
+        copied(ground_truth("bracket_depth"), 1, generator=generator)
+
+
 def test_models_that_cannot_be_composed_are_refused_with_the_reason(generator):
     with pytest.raises(TaskError, match="two_hop cannot stand beside another model.*no norm"):
-        doubled(ground_truth("two_hop"), generator=generator)
+        copied(ground_truth("two_hop"), generator=generator)
     with pytest.raises(TaskError, match="backup tells its answers apart by 2 channels"):
-        doubled(ground_truth("backup"), generator=generator)
+        copied(ground_truth("backup"), generator=generator)
     with pytest.raises(TaskError, match="is right on .* of train: a part does not do its own"):
         joined(ground_truth("bracket_depth"), ground_truth("quote"), generator=generator)
