@@ -143,10 +143,15 @@ def even(where: Looks) -> Weights:
 
 def even_frac(attention: Weights, where: Looks) -> float:
     """How many keys a query attends to, of those that it sees, mean over queries."""
-    weights = (attention.double() * where.seen).clamp(min=0)
-    weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-30)
-    entropy = -torch.special.xlogy(weights, weights).sum(2)
-    return float((entropy.exp() / where.seen.sum(2).clamp(min=1))[where.seen.any(2)].mean())
+    return float(evenness(attention, where.seen)[where.seen.any(2)].mean())
+
+
+def evenness(attention: Float[Tensor, "*any query key"], seen: Bool[Tensor, "*#any query key"]) -> Tensor:
+    """How many keys each query attends to, of those that it sees: 1 is an average over all of them."""
+    weights = (attention.double() * seen).clamp(min=0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    return entropy.exp() / seen.sum(-1).clamp(min=1)
 
 
 def explained_by(attention: Weights, groups: Int[Tensor, "batch query key"], where: Looks) -> float:
