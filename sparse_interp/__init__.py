@@ -84,6 +84,7 @@ from sparse_interp.faithfulness.rivals import rivals as rivals
 from sparse_interp.faithfulness.audit import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs
+from sparse_interp.faithfulness.recover import recover as recover
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view
 from sparse_interp.tokens import token_view as token_view

@@ -44,8 +44,9 @@ from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, Spa
 from sparse_interp.faithfulness.adversarial import AdversarialTable, adversarial_inputs
 from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
+from sparse_interp.faithfulness.board import board_cells, run_board
 from sparse_interp.faithfulness.rivals import rivals as find_rivals
-from sparse_interp.figures import audit_figure, search_figure
+from sparse_interp.figures import audit_figure, board_figure, search_figure
 from sparse_interp.interventions.attribution import METHODS, attribute_nodes
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.node_effects import PatchingTable
@@ -634,6 +635,37 @@ def figures(
         Table(frame).save(out / f"{name}.csv")
         save_figure(ax, out / f"{name}.png")
         print(out / f"{name}.png")
+
+
+@app.command()
+def groundtruth(
+    board: Annotated[str, Option(help="default, which takes under half an hour on two cores, or full.")] = "default",
+    method: Annotated[list[str] | None, Option(help="Only this way of finding circuits; may be given again.")] = None,
+    case: Annotated[list[str] | None, Option(help="Only this model; may be given again.")] = None,
+    out: Annotated[Path, Option(help="Folder for board.csv, board.png and the finished cells.")] = Path(
+        "out/groundtruth"
+    ),
+    seeds: Annotated[int | None, Option(help="Seeds of each cell; else 1, on the full board 3.")] = None,
+    processes: Annotated[int, Option(help="Cells that run at once, on one thread each.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Look for circuits that are known, in every way there is, and say how much of them each way finds.
+
+    The same command goes on after an interruption: a cell that is finished is not run again.
+    """
+    cells = {"chosen_methods": method or (), "chosen_cases": case or (), "n_seeds": seeds}
+    board_cells(board, *cells.values())
+    _claim(out)
+    torch.set_num_threads(1)
+    table = run_board(out / "cells", board, n_processes=processes, **cells)
+    table.save(out / "board.csv")
+    frame, ax = board_figure(table)
+    Table(frame).save(out / "methods.csv")
+    save_figure(ax, out / "board.png")
+    if as_json:
+        print(frame.to_json(orient="records", indent=1))
+        return
+    print(f"{table.summary('kind', 'method')}\n\n{Table(frame)}\n{out / 'board.csv'}\n{out / 'board.png'}")
 
 
 def _model_and_task(model: str, task: str, threads: int | None) -> tuple[HookedSparseTransformer, Task]:
