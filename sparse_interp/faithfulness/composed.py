@@ -15,7 +15,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 
 import torch
 
@@ -202,7 +202,7 @@ def _side_by_side(
 
 def _unused(name: str, names: Sequence[str]) -> str:
     """A name for another channel called so: with a number behind it."""
-    return next(new for new in (name, *(f"{name}_{i}" for i in count(2))) if new not in names)
+    return next(new for new in chain([name], (f"{name}_{i}" for i in count(2))) if new not in names)
 
 
 def _silence(model: HookedSparseTransformer, parts: Sequence[Part]) -> None:
