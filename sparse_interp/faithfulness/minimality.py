@@ -292,7 +292,8 @@ def _effects(
     in_order, added = sorted([*parts, *extras], key=lambda part: part.where.layer), set(extras)
     gates = _gates(selection.model, circuit)
     by_layer = {layer: list(some) for layer, some in groupby(in_order, key=lambda part: part.where.layer)}
-    without = {layer: _turned(circuit.kept, some, gates) for layer, some in by_layer.items()}
+    turned = {layer: _turned(circuit.kept, some, gates) for layer, some in by_layer.items()}
+    without = turned if gates else {layer: list(masks) for layer, masks in turned.items()}  # of nodes, all may be known
     with selection.model.gated_edges(gates):
         found = selection.divergences(circuit.kept, without)
         whole = next(found).cpu()
