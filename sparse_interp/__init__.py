@@ -81,7 +81,8 @@ from sparse_interp.faithfulness.controls import reinitialised as reinitialised
 from sparse_interp.faithfulness.controls import teacher_of as teacher_of
 from sparse_interp.faithfulness.rivals import Rivals as Rivals
 from sparse_interp.faithfulness.rivals import rivals as rivals
-from sparse_interp.faithfulness.audit import AuditTable as AuditTable
+from sparse_interp.faithfulness.thresholds import Thresholds as Thresholds
+from sparse_interp.faithfulness.audit_table import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs
 from sparse_interp.faithfulness.recover import recover as recover

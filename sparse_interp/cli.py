@@ -42,8 +42,8 @@ from sparse_interp.circuit.released import (
 from sparse_interp.circuit.search import search_circuits
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
 from sparse_interp.faithfulness.adversarial import AdversarialTable, adversarial_inputs
-from sparse_interp.faithfulness.audit import AuditTable
 from sparse_interp.faithfulness.audit import audit as audit_circuit
+from sparse_interp.faithfulness.audit_table import AuditTable
 from sparse_interp.faithfulness.board import board_cells, run_board
 from sparse_interp.faithfulness.rivals import rivals as find_rivals
 from sparse_interp.figures import audit_figure, board_figure, search_figure

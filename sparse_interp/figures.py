@@ -3,7 +3,7 @@
 import pandas as pd
 
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.faithfulness.audit import AuditTable
+from sparse_interp.faithfulness.audit_table import AuditTable
 from sparse_interp.faithfulness.board import BoardTable
 from sparse_interp.interventions.pruning import SearchHistory
 from sparse_interp.results import PAPER, Axes

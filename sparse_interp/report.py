@@ -12,7 +12,7 @@ import torch
 from sparse_interp.circuit.describe import Description, main_path, token_wires
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.adversarial import AdversarialTable
-from sparse_interp.faithfulness.audit import AuditTable
+from sparse_interp.faithfulness.audit_table import AuditTable
 from sparse_interp.model.dense import AnyModel
 from sparse_interp.tasks.task import Task, TaskBatch
 

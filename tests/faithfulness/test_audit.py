@@ -11,8 +11,13 @@ import torch
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness import audit as audit_module
-from sparse_interp.faithfulness.audit import FAITHFUL, LATER, AuditTable, Thresholds, audit
+from sparse_interp.faithfulness import rows
+from sparse_interp.faithfulness.audit import audit
+from sparse_interp.faithfulness.audit_table import FAITHFUL, AuditTable
+from sparse_interp.faithfulness.gap import RIVALS
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
+from sparse_interp.faithfulness.repruned import CONTROLS
+from sparse_interp.faithfulness.thresholds import FOUR, Thresholds
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task
@@ -72,12 +77,13 @@ def test_the_true_circuit_of_a_hand_built_model_is_faithful(name):
     assert row(table, "accuracy gap", "circuit - random circuits").low > 0.3
 
 
-def test_the_circuit_of_all_nodes_is_faithful_with_nothing_between_it_and_the_model():
+def test_the_circuit_of_all_nodes_is_the_model_and_nothing_is_left_to_tell_whether_it_needs_them():
     table = audit_of("quote", "all")
-    assert table.verdict == FAITHFUL
+    assert table.passed is None and len(table.reasons) == 1
+    assert table.reasons[0].startswith("nodes that are not told from random extra ones (circuit): not run: ")
     for split in ("test", "shifted"):
         assert row(table, "KL(model || circuit)", "circuit", split).value == 0
-        assert row(table, "task loss gap", "circuit - model", split)[4:7] == (0, 0, 0)
+        assert row(table, "task loss gap", "circuit - model", split)[5:8] == (0, 0, 0)
         assert "no other circuit has this size" in row(table, "accuracy", "random circuits", split).note
 
 
@@ -85,8 +91,9 @@ def test_the_empty_circuit_fails_because_it_does_nothing_and_nothing_needs_it():
     table = audit_of("quote", "none")
     assert table.passed is False and table.verdict.startswith("fails: ")
     starts = [reason.split(":")[0] for reason in table.reasons]
-    assert {"worse than its model", "disagrees with its model", "not needed"} <= set(starts)
+    assert {"worse than its model", "disagrees with its model"} <= set(starts)
     assert "better than its model" not in starts
+    assert any(said.startswith("not needed") for said in table.failing(decides=False))
 
 
 @pytest.mark.parametrize("name", ["quote", "mlp_gate"])
@@ -143,6 +150,11 @@ def test_what_is_not_a_number_never_passes():
         bounds.removed_loss(nothing),
         bounds.random_accuracy(nothing, math.nan),
         bounds.control_gap(nothing),
+        bounds.worst_kl(nothing),
+        bounds.worst_loss(nothing),
+        bounds.size(math.nan, "twin"),
+        bounds.size_gap(nothing, "twin"),
+        bounds.idle(math.nan, 9, "node"),
     ):
         assert not found.passed
 
@@ -165,7 +177,7 @@ def test_a_circuit_no_better_than_chance_of_its_size_fails_for_its_controls():
 def test_other_thresholds_give_another_verdict_and_are_recorded(tmp_path):
     truth, means = hand_built("attention_copy")
     circuit = circuit_of(truth, means, sorted(truth.nodes)[1:])
-    lax = Thresholds(loss_gap_nats=9.0, max_kl_nats=9.0, accuracy_gap_frac=1.0)
+    lax = Thresholds(loss_gap_nats=9.0, max_kl_nats=9.0, worst_kl_nats=9.0, worst_loss_gap_nats=9.0, idle_frac=1.0)
     table = quick(truth.model, circuit, truth.task, thresholds=lax)
     assert table.passed is True
     assert json.loads(table.to_json(tmp_path / "audit.json").read_text())["thresholds"]["max_kl_nats"] == 9
@@ -190,7 +202,7 @@ def test_an_audit_never_draws_from_the_train_split(monkeypatch):
     monkeypatch.setattr(Task, "_draw", spy)
     table = quick(truth.model, circuit_of(truth, means, truth.nodes), truth.task)
     assert set(drawn) == {"test", "shifted"}
-    assert set(table.frame.split) == {"test", "shifted", ""}
+    assert set(table.frame.split) == {"test", "shifted"}
 
 
 def test_every_condition_of_both_splits_has_its_rows():
@@ -201,9 +213,21 @@ def test_every_condition_of_both_splits_has_its_rows():
     run = frame[~frame.note.str.startswith("not run")]
     assert set(run.n_prompts) == {32}
     assert dict(run.groupby("split").n_templates.first()) == {"test": 4, "shifted": 2}
-    assert set(run[run.condition == "model"].ablation) == {"none"}
-    assert run[run.condition == "circuit"].ablation.str.contains("mean over").all()
     assert not run.duplicated(["measure", "condition", "split"]).any()
+
+
+def test_every_row_says_by_which_method_it_was_measured():
+    run = audit_of("quote", "key").frame
+    run = run[~run.note.str.startswith("not run")]
+    method = ["baseline", "scheme", "metric", "positions", "direction"]
+    assert (run[method] != "").all(axis=None)
+    of_model = run[run.condition == "model"]
+    assert set(of_model.baseline) == set(of_model.scheme) == set(of_model.direction) == {"none"}
+    of_circuit = run[run.condition == "circuit"]
+    assert of_circuit.baseline.str.contains("mean over").all()
+    assert set(of_circuit.scheme) == {"full", "stochastic", "adversarial"}
+    assert set(run[run.condition == "circuit removed"].direction) == {"circuit ablated"}
+    assert set(run[run.condition == "random circuits"].direction) == {"all but the control ablated"}
 
 
 def test_only_the_test_split_decides_and_the_shifted_split_is_named_in_the_verdict():
@@ -213,15 +237,48 @@ def test_only_the_test_split_decides_and_the_shifted_split_is_named_in_the_verdi
     shifted = (frame.measure == "KL(model || circuit)") & (frame.condition == "circuit") & (frame.split == "shifted")
     frame.loc[shifted, ["passed", "note"]] = [False, "disagrees there"]
     assert replace(table, frame=frame).passed is True
-    assert replace(table, frame=frame).verdict == f"{FAITHFUL}; not on the shifted split: disagrees there"
+    assert replace(table, frame=frame).verdict == f"{FAITHFUL}; beside that: on the shifted split, disagrees there"
 
 
-def test_tests_that_were_not_run_are_rows_that_say_so():
+def test_the_verdict_rests_on_four_things_and_says_which_of_them_fail():
     table = audit_of("quote", "key")
-    for measure, condition, _ in LATER:
-        absent = row(table, measure, condition, "")
-        assert absent.note.startswith("not run by a quick audit: ") and absent.passed is None
-        assert math.isnan(absent.value) and not absent.decides
+    assert set(table.frame[table.frame.decides].about) == set(FOUR) == set(table.four.frame.about)
+    assert table.four.frame.passed.tolist() == [True] * 4
+    frame = table.frame.copy()
+    frame.loc[(frame.about == "minimality") & frame.decides, ["passed", "note"]] = [False, "idle nodes"]
+    changed = replace(table, frame=frame)
+    assert changed.four.frame.passed.tolist() == [True, True, True, False] and changed.verdict == "fails: idle nodes"
+
+
+def test_the_gap_to_controls_comes_first():
+    table = audit_of("quote", "key")
+    assert list(dict.fromkeys(table.frame[table.frame.split == "test"].about))[:2] == ["gap to controls", "agreement"]
+    said = table.headline
+    assert said.startswith("gap to controls: random circuits of its size: less accurate by 1.000; not run: nonsense")
+
+
+def test_searches_that_a_quick_audit_leaves_out_are_rows_that_say_so():
+    table = audit_of("quote", "key")
+    for control in (*CONTROLS, RIVALS):
+        absent = row(table, "size at the same agreement", f"{control} / circuit")
+        assert absent.note == "not run: the same search again; a quick audit prunes nothing"
+        assert math.isnan(absent.value) and absent.passed is None and not absent.decides
+
+
+def test_a_test_that_cannot_be_run_is_a_row_with_the_reason(monkeypatch):
+    def refuse(sheet):
+        raise CircuitError("there is nothing outside.")
+
+    one = rows.Test("worst case", "worst KL", "circuit", "partial ablation", refuse, decides=True)
+    other = one._replace(about="inside", measure="patterns", decides=False)
+    late = one._replace(about="later", measure="slow", level="full")
+    monkeypatch.setattr(rows, "TESTS", (one, other, late))
+    truth, means = hand_built("quote")
+    table = quick(truth.model, circuit_of(truth, means, truth.nodes), truth.task)
+    assert table.passed is None
+    assert table.reasons == ["worst KL (circuit): not run: there is nothing outside."]
+    assert row(table, "patterns", "circuit").note == "not run: there is nothing outside."
+    assert row(table, "slow", "circuit").note == "not run: partial ablation; a quick audit leaves it out"
 
 
 def test_an_audit_without_random_circuits_is_incomplete():
@@ -282,7 +339,7 @@ def test_a_circuit_of_another_tokenizer_is_refused(monkeypatch):
 def test_settings_that_make_no_audit_are_refused():
     truth, means = hand_built("quote")
     circuit = circuit_of(truth, means, truth.nodes)
-    with pytest.raises(ConfigError, match="level='deep'; expected 'quick'"):
+    with pytest.raises(ConfigError, match="level='deep'; expected 'quick' or 'full'"):
         quick(truth.model, circuit, truth.task, level="deep")
     with pytest.raises(ConfigError, match="n_prompts=1"):
         quick(truth.model, circuit, truth.task, n_prompts=1)
@@ -306,10 +363,10 @@ def test_the_json_holds_everything_and_comes_back_the_same(tmp_path):
     assert content["origin"]["seed"] == 1
     assert {"sparse_interp", "torch", "python"} == set(content["origin"]["versions"])
     assert len(content["origin"]["model_sha256"]) == len(content["origin"]["task_sha256"]) == 64
-    assert [draw["split"] for draw in content["random_circuits"]] == ["test"] * 3 + ["shifted"]
+    assert [draw["split"] for draw in content["details"]["random circuits"]] == ["test"] * 3 + ["shifted"]
     back = AuditTable.from_json(path)
     assert back == table and back.verdict == table.verdict and back.thresholds == table.thresholds
-    assert back.controls.equals(table.controls)
+    assert back.controls.equals(table.controls) and back.details.keys() == table.details.keys()
 
 
 def test_an_audit_knows_its_circuit_also_when_read_from_its_file(tmp_path):
@@ -335,8 +392,9 @@ def test_the_page_takes_every_row():
     rows = [PageAuditRow(**fields) for fields in table.page_rows()]
     page = PageAudit(verdict=table.verdict, passed=table.passed, rows=rows)
     assert len(page.rows) == len(table)
-    assert rows[-1].value is None and rows[-1].note.startswith("not run")
-    assert rows[0].measure == "task loss (nats)" and rows[0].n == 32
+    absent = [row for row in rows if row.note.startswith("not run")]
+    assert absent and all(row.value is None for row in absent)
+    assert rows[0].measure == "accuracy gap (share)" and rows[0].n == 32
 
 
 def test_the_picture_shows_accuracy_of_every_condition_beside_chance():

@@ -1,0 +1,149 @@
+"""The tests of an audit beyond sufficiency, necessity and agreement: what each is about, and the rows that it makes.
+
+A test is a function of a sheet. One that cannot be run makes a row that says so, with the reason that the library gave;
+one that belongs to another level makes a row that says which.
+"""
+
+from collections.abc import Callable
+from math import nan
+from typing import NamedTuple
+
+from sparse_interp.errors import SparseInterpError
+from sparse_interp.faithfulness.audit_table import not_run
+from sparse_interp.faithfulness.inside import agreement_inside
+from sparse_interp.faithfulness.minimality import minimality
+from sparse_interp.faithfulness.partial import partial_ablation
+from sparse_interp.faithfulness.scores import groups_of, some_pairs
+from sparse_interp.faithfulness.sheet import ABOVE_FOIL, ANSWER_OR_FOIL, KL, VOCABULARY, Sheet
+from sparse_interp.faithfulness.thresholds import MINIMAL, WORST
+from sparse_interp.interventions.answers import both_sides
+from sparse_interp.results import Interval
+from sparse_interp.tasks.task import TaskBatch
+
+QUICK, FULL = "quick", "full"
+
+LEVELS = (QUICK, FULL)
+"""How much an audit does. `quick` prunes nothing anew."""
+
+ATTACKED = 32
+"""Pairs on which an adversary looks for the worst share of the outside: every step of it is a run with gradients."""
+
+
+class Test(NamedTuple):
+    """One test of an audit."""
+
+    about: str
+    measure: str
+    condition: str
+    what: str
+    """What is done, in words, for when it is not."""
+    run: Callable[[Sheet], None]
+    decides: bool = False
+    """Whether the verdict needs it."""
+    level: str = QUICK
+    """The level from which on it is run."""
+
+
+def add_tests(sheet: Sheet, level: str, progress: Callable[[str], None]) -> None:
+    """The rows of every test, run or not; `progress` is told what is run next."""
+    for test in TESTS:
+        named = (test.about, test.measure, test.condition, sheet.split)
+        if LEVELS.index(test.level) > LEVELS.index(level):
+            why = f"{test.what}; a {level} audit leaves it out"
+            sheet.rows.append(not_run(*named, why))
+            continue
+        progress(test.about)
+        try:
+            test.run(sheet)
+        except SparseInterpError as error:
+            sheet.rows.append(not_run(*named, str(error), decides=test.decides))
+
+
+def _some(sheet: Sheet, n: int) -> tuple[TaskBatch, tuple[int, int]]:
+    """Some of a sheet's pairs, and how many prompts and templates (or pairs) they are."""
+    pairs = some_pairs(sheet.pairs, n, generator=sheet.generator)
+    return pairs, (2 * len(pairs), len(set(groups_of(both_sides(pairs)))))
+
+
+def _partial(sheet: Sheet) -> None:
+    pairs, on = _some(sheet, ATTACKED)
+    table = partial_ablation(sheet.model, sheet.circuit, pairs, generator=sheet.generator)
+    sheet.details["partial ablation"] = table.frame
+    outcomes = {"stochastic": ("expected", table.expected), "adversarial": ("worst", table.worst)}
+    for scheme, (word, found) in outcomes.items():
+        worst = scheme == "adversarial"
+        given = {"scheme": scheme, "on": on}
+        judged = (sheet.bounds.worst_kl(found.kl), sheet.bounds.worst_loss(found.loss_gap)) if worst else (None, None)
+        sheet.add(WORST, f"{word} {KL}", "circuit", found.kl, "nats", VOCABULARY, judged[0], **given)
+        gap = f"{word} task loss gap", "circuit - model", found.loss_gap, "nats", ANSWER_OR_FOIL
+        sheet.add(WORST, *gap, judged[1], **given)
+        sheet.add(WORST, f"{word} accuracy", "circuit", found.accuracy, "share", ABOVE_FOIL, **given)
+        same = f"{word} argmax agreement with model", "circuit", found.agreement, "share", VOCABULARY
+        sheet.add(WORST, *same, **given)
+
+
+def _minimality(sheet: Sheet) -> None:
+    table = minimality(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator, progress=False)
+    sheet.details["minimality"] = table.frame
+    on = (table.n_prompts, table.n_groups)
+    for kind in table.kinds:
+        share, n = table.not_told_frac(kind), int((table.frame.kind == kind).sum())
+        judged = sheet.bounds.idle(share.mean, n, kind)
+        idle = table.not_told(kind)
+        named = ", ".join(idle[:5]) + ", ..." * (len(idle) > 5)
+        sheet.add(
+            MINIMAL,
+            f"{kind}s that are not told from random extra ones",
+            "circuit",
+            share,
+            "share",
+            f"growth of {KL} in a knock-out, {table.n_draws[kind]:,} draws, Holm-adjusted",
+            judged,
+            on=on,
+            direction=f"all but the circuit and one {kind} ablated",
+            note=f"those that do least: {named}" if idle else "",
+        )
+
+
+def _inside(sheet: Sheet) -> None:
+    table = agreement_inside(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator)
+    sheet.details["activations inside"], sheet.details["patterns inside"] = table.frame, table.heads.frame
+    about = "agreement inside"
+    error = "squared, as a share of both runs' squares; 0 the same, 1 unrelated"
+    sheet.add(about, "error of kept activations", "circuit", table.activations, "share", error)
+    sheet.add(about, "distance of attention patterns", "circuit", table.patterns, "share", "total variation")
+    lost = "average over their keys in the circuit and choose among them in the model"
+    sheet.add(about, "queries that lost what they look for", "circuit", table.evened, "share", lost)
+
+
+def count(value: float) -> Interval:
+    """A number that has no interval."""
+    return Interval(value, nan, nan)
+
+
+TESTS: tuple[Test, ...] = (
+    Test(
+        WORST,
+        f"worst {KL}",
+        "circuit",
+        "stochastic and adversarial ablation of the outside",
+        _partial,
+        decides=True,
+    ),
+    Test(
+        MINIMAL,
+        "nodes that are not told from random extra ones",
+        "circuit",
+        "each node's knock-out against that of random extra ones",
+        _minimality,
+        decides=True,
+    ),
+    Test(
+        "agreement inside",
+        "error of kept activations",
+        "circuit",
+        "activations of kept nodes and patterns of kept heads in both runs",
+        _inside,
+    ),
+)
+"""In the order of the table."""
