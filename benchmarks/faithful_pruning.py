@@ -472,15 +472,17 @@ def collected(cells: Iterable[Cell], folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+GAP_KEYS = ["kind", "model", "task", "setting", "seed"]
+
+
 def gaps(frame: pd.DataFrame) -> pd.DataFrame:
     """A row per model, task, setting and seed whose nonsense was searched too: nodes of both, and their ratio.
 
     `gap` is under the search's own stopping rule, `gap_at_kl_x` for prefixes of both rankings that keep KL below x. It
     is infinite where only the real task has a circuit, and missing where that has none.
     """
-    keys = ["kind", "model", "task", "setting", "seed"]
     sizes = ["nodes", *(f"nodes_at_kl_{bound:g}" for bound in KL_BOUNDS)]
-    real, other = (frame[frame.twin == twin].set_index(keys) for twin in ("real", "nonsense"))
+    real, other = (frame[frame.twin == twin].set_index(GAP_KEYS) for twin in ("real", "nonsense"))
     both = real.index.intersection(other.index)
     found = pd.DataFrame(index=both)
     found["nodes_real"], found["nodes_nonsense"] = real.nodes.reindex(both), other.nodes.reindex(both)
@@ -520,6 +522,7 @@ def by_setting(frame: pd.DataFrame) -> pd.DataFrame:
             "test_kl_nats": cells.test_kl_nats.mean(),
             "shifted_kl_nats": cells.shifted_kl_nats.mean(),
             "loss_gap_nats": loss_gap.mean(),
+            "better": int((loss_gap < 0).sum()),
             "argmax_agreement": cells.test_argmax_agreement.mean(),
             "activations_error": cells.activations_error.mean(),
             "patterns_distance": cells.patterns_distance.mean(),
@@ -538,6 +541,82 @@ def by_setting(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside_default(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per other setting and kind of model, over the real tasks that both it and DEFAULT have a circuit of.
+
+    Ratios are geometric means, this setting / default; divergences are means of either.
+    """
+    frame = frame.reindex(columns=frame.columns.union(MEASURED, sort=False))
+    found = frame[(frame.twin == "real") & frame.found].set_index(["kind", "model", "task", "seed"])
+    ours = found[found.setting == DEFAULT]
+    rows = []
+    for (setting, kind), theirs in found[found.setting != DEFAULT].groupby(["setting", "kind"], sort=False):
+        both = theirs.index.intersection(ours.index)
+        if not len(both):
+            continue
+        row = {"kind": kind, "setting": setting, "tasks": len(both)}
+        for name in ("nodes", "edges", "search_seconds"):
+            ratio = theirs[name][both].astype(float) / ours[name][both].astype(float)
+            row[f"{name}_ratio"] = math.exp(np.log(ratio[ratio > 0]).mean())
+        for name in ("test_kl_nats", "expected_kl_nats", "worst_kl_nats", "activations_error", "patterns_distance"):
+            row |= {name: theirs[name][both].mean(), f"{name}_default": ours[name][both].mean()}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["kind", "setting"])
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+def said(settings: pd.DataFrame, gap: pd.DataFrame, beside: pd.DataFrame) -> list[str]:
+    """The tables in sentences; every number is theirs."""
+    sentences = []
+    for kind in settings.kind.drop_duplicates():
+        here = settings[settings.kind == kind]
+        for setting in (PAPER, DEFAULT):
+            ratios = gap[(gap.kind == kind) & (gap.setting == setting)].gap.dropna()
+            sentences += [_said_of_gap(kind, setting, ratios)] if len(ratios) else []
+        if kind != "bundled":
+            sentences.append(_said_of_keys(kind, here))
+            continue
+        sentences += [_said_of_losses(kind, row) for row in here[here.setting.isin(MAIN[:2])].itertuples()]
+        others = beside[(beside.kind == kind) & beside.setting.isin(MAIN)]
+        sentences += [_said_beside(kind, row) for row in others.itertuples()]
+    return sentences
+
+
+def _said_of_gap(kind: str, setting: str, ratios: pd.Series) -> str:
+    n, finite = len(ratios), ratios[np.isfinite(ratios)]
+    sizes = f", of {finite.min():.3g} to {finite.max():.3g} times the nodes of the real ones" if len(finite) else ""
+    return (
+        f"Searched for {setting}, nonsense has a circuit in {len(finite)} of {n} {kind} cases{sizes}; that it takes at "
+        f"least {ENOUGH} times the nodes or has none holds in {int((ratios >= ENOUGH).sum())} of {n}."
+    )
+
+
+def _said_of_keys(kind: str, settings: pd.DataFrame) -> str:
+    """Which settings find every known circuit exactly, and which do not."""
+    whole = settings[settings.key_exact == settings.tasks]
+    parts = settings.drop(whole.index)
+    missed = "; ".join(f"{row.setting}: {row.key_exact:.0f} of {row.tasks}" for row in parts.itertuples())
+    found = "; ".join(f"{row.setting} ({row.tasks})" for row in whole.itertuples()) or "none"
+    return f"Settings that find every known {kind} circuit exactly, of so many: {found}. Others: {missed or 'none'}."
+
+
+def _said_of_losses(kind: str, row: Any) -> str:
+    return (
+        f"On held-out prompts circuits searched for {row.setting} have a task loss {row.loss_gap_nats:+.3g} nats from "
+        f"their models', mean of {row.found} {kind} tasks; {row.better} of them are better than their model."
+    )
+
+
+def _said_beside(kind: str, row: Any) -> str:
+    return (
+        f"On the same {row.tasks} {kind} tasks, {row.setting} has {row.nodes_ratio:.3g} times the nodes of "
+        f"{DEFAULT} and takes {row.search_seconds_ratio:.3g} times as long; the worst partial ablation leaves its "
+        f"circuits {row.worst_kl_nats:.3g} nats from their model, those of {DEFAULT} {row.worst_kl_nats_default:.3g}."
+    )
+
+
 def shown(table: pd.DataFrame) -> str:
     """Rows as text, four digits."""
     return table.to_string(index=False, float_format=lambda value: f"{value:.4g}")
@@ -554,7 +633,7 @@ def write(cells: Sequence[Cell], folder: Path, out: Path, command: str) -> None:
     frame = collected(cells, folder)
     if frame.empty:
         raise SystemExit(f"{folder} holds none of these {len(cells)} cells; make some first.")
-    settings, gap = by_setting(frame), gaps(frame)
+    settings, gap, beside = by_setting(frame), gaps(frame), beside_default(frame)
     record = {
         "command": command,
         "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -563,12 +642,15 @@ def write(cells: Sequence[Cell], folder: Path, out: Path, command: str) -> None:
         "cells": len(cells),
         "done": len(frame),
         "enough": ENOUGH,
-        "by setting": as_rows(settings),
+        "said": said(settings, gap, beside),
         "gaps": as_rows(gap),
+        "by setting": as_rows(settings),
+        "beside default": as_rows(beside),
     }
     write_whole(out / "faithful_pruning.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_whole(out / "faithful_pruning.csv", frame.to_csv(index=False, float_format="%.4g"))
-    print(f"{len(frame)} of {len(cells)} cells\n\n{shown(settings)}\n\n{shown(gap)}")
+    print(f"{len(frame)} of {len(cells)} cells\n\n{shown(settings)}\n\n{shown(beside)}\n\n{shown(gap)}\n")
+    print(*record["said"], sep="\n")
 
 
 def main() -> None:

@@ -211,6 +211,58 @@ def test_keys_that_no_circuit_was_found_for_are_not_recovered(study, frame):
     assert (found["key_f1"], found["key_exact"]) == (1.5 / 4, 1)
 
 
+@pytest.fixture
+def two_settings(study) -> pd.DataFrame:
+    """Tasks a and b under the default and under a setting with half and a quarter of the nodes; c under one alone."""
+    frame = pd.DataFrame([row(study, "real", task, 40) for task in "abc"] + [row(study, "real", t, 40) for t in "abd"])
+    frame["setting"] = [study.DEFAULT] * 3 + ["agreement, adversarial"] * 3
+    frame.loc[3:4, ["nodes", "worst_kl_nats"]] = [[20, 1.0], [10, 2.0]]
+    return frame
+
+
+def test_settings_are_compared_on_the_tasks_that_both_have(study, two_settings):
+    (found,) = study.beside_default(two_settings).to_dict("records")
+    assert (found["setting"], found["tasks"]) == ("agreement, adversarial", 2)
+    assert found["nodes_ratio"] == pytest.approx((1 / 2 * 1 / 4) ** 0.5)
+    assert (found["worst_kl_nats"], found["worst_kl_nats_default"]) == (1.5, 0.5)
+
+
+def test_a_setting_that_found_nothing_is_compared_with_nothing(study, two_settings):
+    two_settings.loc[3:, ["found", "nodes"]] = False, None
+    assert not len(study.beside_default(two_settings))
+
+
+def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
+    frame["setting"] = study.DEFAULT
+    both = pd.concat([frame, two_settings[two_settings.setting != study.DEFAULT]])
+    sentences = study.said(study.by_setting(both), study.gaps(both), study.beside_default(both))
+    assert sentences == [
+        "Searched for agreement, nonsense has a circuit in 1 of 2 bundled cases, of 2 to 2 times the nodes of the real "
+        "ones; that it takes at least 5 times the nodes or has none holds in 1 of 2.",
+        "On held-out prompts circuits searched for agreement have a task loss +0 nats from their models', mean of 3 "
+        "bundled tasks; 0 of them are better than their model.",
+    ]
+    known = two_settings.assign(kind="planted", seed=3, key_f1=1.0, key_exact=[True] * 5 + [False])
+    sentences = study.said(study.by_setting(known), study.gaps(known), study.beside_default(known))
+    assert sentences == [
+        "Settings that find every known planted circuit exactly, of so many: agreement (3). Others: agreement, "
+        "adversarial: 2 of 3."
+    ]
+
+
+def test_the_main_settings_are_told_beside_the_default(study, two_settings):
+    other = study.MAIN[-1]
+    two_settings["setting"] = two_settings.setting.replace("agreement, adversarial", other)
+    two_settings.loc[:1, "test_loss_circuit_nats"] = [0.2, 0.4]
+    sentences = study.said(study.by_setting(two_settings), study.gaps(two_settings), study.beside_default(two_settings))
+    assert sentences == [
+        "On held-out prompts circuits searched for agreement have a task loss -0.133 nats from their models', mean of 3 "
+        "bundled tasks; 2 of them are better than their model.",
+        f"On the same 2 bundled tasks, {other} has 0.354 times the nodes of agreement and takes 1 times as long; the "
+        "worst partial ablation leaves its circuits 1.5 nats from their model, those of agreement 0.5.",
+    ]
+
+
 def test_tables_are_json_without_infinities(study, frame):
     rows = study.as_rows(study.gaps(frame))
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
