@@ -256,8 +256,8 @@ def test_the_main_settings_are_told_beside_the_default(study, two_settings):
     two_settings.loc[:1, "test_loss_circuit_nats"] = [0.2, 0.4]
     sentences = study.said(study.by_setting(two_settings), study.gaps(two_settings), study.beside_default(two_settings))
     assert sentences == [
-        "On held-out prompts circuits searched for agreement have a task loss -0.133 nats from their models', mean of 3 "
-        "bundled tasks; 2 of them are better than their model.",
+        "On held-out prompts circuits searched for agreement have a task loss -0.133 nats from their models', mean of "
+        "3 bundled tasks; 2 of them are better than their model.",
         f"On the same 2 bundled tasks, {other} has 0.354 times the nodes of agreement and takes 1 times as long; the "
         "worst partial ablation leaves its circuits 1.5 nats from their model, those of agreement 0.5.",
     ]
