@@ -85,6 +85,7 @@ from sparse_interp.faithfulness.thresholds import Thresholds as Thresholds
 from sparse_interp.faithfulness.audit_table import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs
+from sparse_interp.faithfulness.scrubbing import scrub as scrub
 from sparse_interp.faithfulness.recover import recover as recover
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view
