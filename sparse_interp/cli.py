@@ -46,6 +46,7 @@ from sparse_interp.faithfulness.audit import audit as audit_circuit
 from sparse_interp.faithfulness.audit_table import AuditTable
 from sparse_interp.faithfulness.board import board_cells, run_board
 from sparse_interp.faithfulness.rivals import rivals as find_rivals
+from sparse_interp.faithfulness.rows import LEVELS
 from sparse_interp.figures import audit_figure, board_figure, search_figure
 from sparse_interp.interventions.attribution import METHODS, attribute_nodes
 from sparse_interp.interventions.baselines import mean_activations
@@ -425,16 +426,46 @@ def _positions(text: str) -> str | list[int] | None:
 def audit(
     circuit: Annotated[Path, Argument(help="A circuit file, as `find` writes it.")],
     model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
+    level: Annotated[str, Option(help=f"{' or '.join(LEVELS)}; full searches again, for nonsense too.")] = "quick",
+    cache: Annotated[
+        Path | None, Option(help="With full: folder where searches are kept as they end; beside the circuit if none.")
+    ] = None,
+    config: Annotated[
+        Path | None, Option(help="With full: how to search, as JSON of PruneConfig's fields, if the circuit says not.")
+    ] = None,
+    rivals: Annotated[int, Option(help="With full: searches from other seeds.")] = 2,
     seed: Annotated[int, Option(help="Seed of prompts, random circuits and intervals.")] = 1,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure CIRCUIT beside its model and random circuits; writes audit.csv and audit.json beside it."""
+    """Measure CIRCUIT beside its model and controls; writes audit.csv and audit.json beside it.
+
+    The same command goes on after an interruption: searches for controls that had ended are not made again.
+    """
+    settings = None if config is None else prune_config(config)
     found, network, prompts, _ = _with_its_model(circuit, model, threads)
-    table = audit_circuit(network, found, prompts, generator=torch.Generator().manual_seed(seed))
+    folder = (circuit.parent / "controls" if cache is None else cache) if level != "quick" else None
+    how = {"level": level, "config": settings, "n_rivals": rivals, "folder": folder}
+    table = audit_circuit(network, found, prompts, **how, generator=torch.Generator().manual_seed(seed))
     table.save(circuit.parent / "audit.csv")
     table.to_json(circuit.parent / "audit.json")
-    print((circuit.parent / "audit.json").read_text(encoding="utf-8") if as_json else f"{table}\n{table.verdict}")
+    written = (circuit.parent / "audit.json").read_text(encoding="utf-8")
+    print(written if as_json else f"{table.headline}\n{table}\n{table.verdict}")
+
+
+def prune_config(path: Path) -> PruneConfig:
+    """The settings of a search from a JSON object of its fields.
+
+    Raises:
+        ConfigError: if the file is no such object, naming what is wrong.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        return PruneConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} holds no settings of a search ({error}); expected PruneConfig's fields.") from error
 
 
 @app.command()
@@ -614,7 +645,8 @@ def demo_run(
         drawn = torch.Generator().manual_seed(seed + 3)
         text = report(network, circuit, table, prompts, known, tried, commands=commands, generator=drawn)
         (folder / "report.md").write_text(text, encoding="utf-8")
-    print(f"{circuit}\n{table.verdict}\n{out / 'report.md'}\n{out / 'circuit.html'}")
+    said = [str(circuit), table.headline, table.verdict, str(out / "report.md"), str(out / "circuit.html")]
+    print("\n".join(said))
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
 
 

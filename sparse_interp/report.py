@@ -36,6 +36,7 @@ def report(
     parts = [
         f"# The circuit of {circuit.model_name} for {task.name}",
         f"**Verdict of the audit: {_escaped(audit.verdict)}.**",
+        f"The {_escaped(audit.headline)}.",
         _summary(circuit, audit),
         "## The behaviour",
         "Pairs of prompts that differ in one token; the model is asked which of two tokens comes next.",
@@ -51,6 +52,8 @@ def report(
         "In words, on held-out text (shares of variance; what drives a node by weight times spread):",
         _listed(known.sentences.of(node) for node in _most_needed(known, N_SAID).node),
         *_heads(adversarial),
+        "## What the verdict rests on",
+        _markdown(_four(audit)),
         "## The audit, row by row",
         _markdown(_audit_rows(audit)),
         "## To get this again",
@@ -166,6 +169,12 @@ def _listed(sentences: Iterable[str]) -> str:
 
 def _tokens(tokens: Iterable[str]) -> str:
     return " ".join([repr(token) for token in dict.fromkeys(tokens)][:N_TOKENS])
+
+
+def _four(audit: AuditTable) -> pd.DataFrame:
+    words = {True: "yes", False: "NO"}
+    frame = audit.four.frame
+    return frame.assign(passed=[words.get(p, "not run") for p in frame.passed]).rename(columns={"passed": "kept"})
 
 
 def _audit_rows(audit: AuditTable) -> pd.DataFrame:

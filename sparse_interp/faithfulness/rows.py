@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from sparse_interp.errors import SparseInterpError
 from sparse_interp.faithfulness.audit_table import not_run
+from sparse_interp.faithfulness.completeness import completeness
+from sparse_interp.faithfulness.curves import size_curve
 from sparse_interp.faithfulness.inside import agreement_inside
 from sparse_interp.faithfulness.minimality import minimality
 from sparse_interp.faithfulness.partial import partial_ablation
@@ -27,6 +29,10 @@ LEVELS = (QUICK, FULL)
 
 ATTACKED = 32
 """Pairs on which an adversary looks for the worst share of the outside: every step of it is a run with gradients."""
+
+
+CURVED = 64
+"""Pairs on which circuits of all sizes run."""
 
 
 class Test(NamedTuple):
@@ -116,6 +122,27 @@ def _inside(sheet: Sheet) -> None:
     sheet.add(about, "queries that lost what they look for", "circuit", table.evened, "share", lost)
 
 
+def _completeness(sheet: Sheet) -> None:
+    table = completeness(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator, progress=False)
+    sheet.details["completeness"] = table.frame
+    metric = f"growth of a knock-out's {KL} once the circuit is removed"
+    how = {"on": (table.n_prompts, None), "direction": "one node ablated, with the circuit and without it"}
+    names = table.backups
+    named = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    note = f"of {len(table)} candidates outside{': ' * bool(names)}{named}"
+    sheet.add("completeness", "backups", "outside", count(float(len(names))), "nodes", metric, note=note, **how)
+    sheet.add("completeness", "largest growth", "outside", table.largest, "nats", metric, **how)
+
+
+def _curve(sheet: Sheet) -> None:
+    pairs, on = _some(sheet, CURVED)
+    table = size_curve(sheet.model, sheet.circuit, pairs, generator=sheet.generator, progress=False)
+    sheet.details["sizes"] = table.frame
+    metric = "mean logit difference between nothing and model; trapezoids over the share of nodes"
+    for name, area in {"CPR": table.cpr, "CMD": table.cmd}.items():
+        sheet.add("sizes", name, "circuits of 0.1 to 100 % of the nodes", area, "area", metric, on=on)
+
+
 def count(value: float) -> Interval:
     """A number that has no interval."""
     return Interval(value, nan, nan)
@@ -144,6 +171,17 @@ TESTS: tuple[Test, ...] = (
         "circuit",
         "activations of kept nodes and patterns of kept heads in both runs",
         _inside,
+    ),
+    Test(
+        "sizes", "CPR and CMD", "circuits of all sizes", "the first nodes of the circuit's ranking at ten sizes", _curve
+    ),
+    Test(
+        "completeness",
+        "backups",
+        "outside",
+        "nodes outside whose effect grows once the circuit is removed",
+        _completeness,
+        level=FULL,
     ),
 )
 """In the order of the table."""
