@@ -9,9 +9,9 @@
 To hold everything outside at its baseline at once lets errors cancel, and a search finds the sets that do. A circuit of
 that kind comes apart as soon as some of the outside is left (after the stochastic masks of Bushnaq et al. 2025,
 arXiv:2506.20790; projected ascent: Madry et al. 2018, arXiv:1706.06083). An adversary has one scheme for all prompts,
-so that it cannot make use of noise; it starts from the worst of the very draws that are reported, or from the full
-ablation, and keeps its best iterate; the worst case is the worst of all that was tried, so that it is never milder than
-any of them. x is the intervened run's own value.
+so that it cannot make use of noise; it starts from the worst of the very draws that are reported, the full ablation,
+and everything left up to the reads of one layer; it keeps its best iterate; the worst case is the worst of all that was
+tried, so that it is never milder than any of them. x is the intervened run's own value.
 """
 
 from contextlib import AbstractContextManager

@@ -31,7 +31,19 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_answers, frozen
 from sparse_interp.interventions.baselines import Baseline, Counterfactual, Resample
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
-from sparse_interp.model.sites import Node, NodeAt, NodeValues, Place, flat, masks
+from sparse_interp.model.sites import (
+    ATTN_READ,
+    FINAL_READ,
+    FINAL_RESID,
+    MLP_READ,
+    SITES,
+    Node,
+    NodeAt,
+    NodeValues,
+    Place,
+    flat,
+    masks,
+)
 from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
@@ -240,7 +252,9 @@ class Ablation:
     ) -> "Ablation":
         """Of every node outside the share is left that costs most: never milder than the full ablation or its draws.
 
-        The ascent starts from the worst of `n_draws` draws and the full ablation, and keeps its best iterate.
+        The ascent starts from the worst of `n_draws` draws, the full ablation, and everything left up to the reads of
+        one layer or of the end and nothing from there on; it keeps its best iterate. The last are what tells of parts
+        that look away as long as something else is there: no share in between does, and no gradient leads there.
         """
         return cls(baseline, "adversarial", n_draws, n_steps, step_size, scope, loss)
 
@@ -330,7 +344,7 @@ class Ablation:
     def _worst(self, run: "_Evaluation", generator: torch.Generator | None) -> dict[Place, Tensor]:
         """The shares that the adversary ends with."""
         drawn = [self._drawn(run.kept, len(run.batch), generator) for _ in range(self.n_draws)]
-        drawn.append({place: torch.zeros_like(shares) for place, shares in drawn[0].items()})
+        drawn += _left_up_to_reads(drawn[0])
         start, highest = drawn[0], run.losses(drawn[0])
         for shares in drawn[1:]:
             losses = run.losses(shares)
@@ -347,6 +361,23 @@ class Ablation:
             found.append(ascend([part], run.on_device(mine), **steps)[0])
         back = torch.cat(run.chunks).argsort()
         return {place: torch.cat([shares[place].cpu() for shares in found])[back] for place in start}
+
+
+def _left_up_to_reads(like: Shares) -> list[dict[Place, Tensor]]:
+    """Nothing left, and all that is computed before the reads of a layer, or before those of the end."""
+    order = sorted(like, key=_in_forward_order)
+    ends = [i for i, place in enumerate(order) if i and place.site in READS]
+    return [
+        {place: torch.full_like(like[place], float(i < end)) for i, place in enumerate(order)} for end in (0, *ends)
+    ]
+
+
+READS = (ATTN_READ.name, MLP_READ.name, FINAL_RESID.name, FINAL_READ.name)
+"""Sites at which something of the stream is taken up."""
+
+
+def _in_forward_order(place: Place) -> tuple[int, int]:
+    return place.layer, list(SITES).index(place.site)
 
 
 class _Evaluation:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import TaskError
+from sparse_interp.faithfulness.answer_key import Key
 from sparse_interp.faithfulness.ground_truth import (
     cut,
     edges_among,
@@ -17,6 +19,7 @@ from sparse_interp.faithfulness.ground_truth import (
     recovery,
     spread,
 )
+from sparse_interp.faithfulness.partial import partial_ablation
 from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node
@@ -211,3 +214,25 @@ def test_building_a_model_twice_gives_the_same_weights():
     assert one.nodes == other.nodes and one.task.templates_sha256 == other.task.templates_sha256
     for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_stand_in_of_a_backup_is_enough_with_the_rest_held_but_not_with_part_of_it_left(generator):
+    truth = ground_truth("backup")
+    channel = truth.channels.index
+    stand_in = [Node(0, "neuron", 0), Node(0, "mlp_write", channel("present"))]
+    stand_in += [Node(1, "attn_read", channel(name)) for name in ("present", "is_mark", "mark")]
+    stand_in += [Node(1, site, 0) for site in ("q", "k", "v")]
+    stand_in += [Node(1, "attn_write", channel("spare")), Node(2, "final_read", channel("spare"))]
+    means = mean_activations(truth.model, truth.blocks(32, generator=generator))
+    batch = truth.task.batch(16, "test", generator=generator)
+    other = Key(frozenset(stand_in), edges_among(truth.model, stand_in))
+    kl = key_effects(truth, other, batch, means)
+    assert kl.whole < HARMLESS and min(kl.without.values()) > HARMFUL  # nothing tells it from a key, and it is none:
+    assert not other.nodes & truth.nodes
+    given = {"generator": generator, "n_draws": 2, "n_steps": 2}
+    worst = [
+        partial_ablation(truth.model, Circuit.of_nodes(truth.model, nodes, means), batch, **given).worst
+        for nodes in (truth.nodes, other.nodes)
+    ]
+    assert worst[0].kl.mean < HARMLESS and worst[0].accuracy.mean == 1
+    assert worst[1].kl.mean > 0.5 and worst[1].accuracy.mean < 0.6  # it looks away, as what it stands in for is back

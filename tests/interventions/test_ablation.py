@@ -319,6 +319,9 @@ def never_milder(model, pairs, seed):
     same = Ablation.stochastic(means, n_draws=2).answer_logits(model, kept, pairs, generator=seeded(seed))
     other = Ablation.stochastic(means, n_draws=3).answer_logits(model, kept, pairs, generator=seeded(99 + seed))
     full = Ablation.full(means).answer_logits(model, kept, pairs)
+    at_end = {place: mask if place.site == "final_read" else torch.ones_like(mask) for place, mask in kept.items()}
+    all_but_end = Ablation.full(means).answer_logits(model, at_end, pairs)
+    assert worst >= cost(model, all_but_end[0], pairs).mean() - 1e-6
     assert all(worst >= cost(model, logits, pairs).mean() - 1e-6 for logits in (*same, *other, *full))
     return bool(worst > max(cost(model, logits, pairs).mean() for logits in (*same, *full)) + 1e-3)
 
