@@ -61,6 +61,11 @@ class GroundTruth:
         return (Key(self.nodes, self.edges), *self.alternatives)
 
     def blocks(self, n: int = 128, *, generator: torch.Generator) -> Tokens:
-        """Both prompts of `n` training pairs: the text over which means of this model are taken."""
+        """Both prompts of `n` training pairs: the text over which means of this model are taken.
+
+        A model that attends both ways would see padding; of its prompts only the longest are there.
+        """
         batch = self.task.batch(n, split="train", generator=generator)
+        if self.model.cfg.attention_dir == "bidirectional":
+            batch = batch.rows((batch.lengths == batch.lengths.max()).nonzero().flatten())
         return torch.cat([batch.clean, batch.corrupt])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -58,6 +58,8 @@ def ground_truth(name: str) -> GroundTruth:
         raise TaskError(f"No hand-built model is called {name!r}; {hint}Known: {', '.join(known)}.")
     return known[name]()
 
+
+Part = TypeVar("Part", Node, Edge)
 
 # -- what a search found, against the key ---------------------------------------------------------------------------
 
@@ -116,6 +118,13 @@ def key_effects(truth: GroundTruth, key: Key, batch: TaskBatch, means: NodeValue
     return KeyEffects(whole, without)
 
 
+def key_kl(truth: GroundTruth, key: Key, batch: TaskBatch, means: NodeValues) -> float:
+    """KL(model || circuit of a key) at the answer position, mean over prompts, nats: `key_effects(...).whole` alone."""
+    outside, idle = nodes_outside(truth, key), edges_among(truth.model, key.nodes) - key.edges
+    with cut(truth.model, idle, means):
+        return _divergences(logits_of(truth.model, batch), truth.model, [outside], batch, means)[0]
+
+
 HARMLESS, HARMFUL = 1e-4, 0.05
 """KL to the model at the answer, nats: more than leaving out what is outside a key may do, less than anything in it."""
 
@@ -143,6 +152,62 @@ def check_keys(truth: GroundTruth, batch: TaskBatch, means: NodeValues, harmless
                 "everything in it."
             )
     return worst
+
+
+def measured_key(
+    model: HookedSparseTransformer, batch: TaskBatch, means: NodeValues, harmless: float = HARMLESS
+) -> Key:
+    """What is left when everything is held or cut that can be, on the prompts `batch`; nothing is known beforehand.
+
+    Nodes that vary are held, those nearest to the output first, and weights between the others are cut: all at once if
+    that moves the model's distribution at the answers by at most `harmless` (KL, mean over prompts, nats), else either
+    half of them, and so on, until nothing more can go. Where one of two copies is enough, the earlier one is left.
+    """
+    reference = logits_of(model, batch)
+
+    def may_go(nodes: Collection[Node], edges: Collection[Edge]) -> bool:
+        with cut(model, edges, means):
+            return _divergences(reference, model, [nodes], batch, means)[0] <= harmless
+
+    live = sorted(_varying(model, batch, means), reverse=True)
+    held, idle, n_before = frozenset[Node](), frozenset[Edge](), -1
+    while n_before < len(held) + len(idle):  # what was needed may be idle once others are held
+        n_before = len(held) + len(idle)
+        held = _dropped(live, held, lambda nodes, idle=idle: may_go(nodes, idle))
+        edges = sorted(edges_among(model, frozenset(live) - held), reverse=True)
+        idle = _dropped(edges, idle & set(edges), lambda some, held=held: may_go(held, some))
+    return Key(frozenset(live) - held, frozenset(edges) - idle)
+
+
+def _dropped(
+    parts: Sequence[Part], gone: frozenset[Part], may_go: Callable[[Collection[Part]], bool]
+) -> frozenset[Part]:
+    """`gone` and whatever else of `parts` may go too: halves of halves are tried, in their order."""
+    waiting = [[part for part in parts if part not in gone]]
+    while waiting:
+        some = waiting.pop()
+        if may_go(gone | set(some)):
+            gone |= set(some)
+        elif len(some) > 1:
+            waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+    return gone
+
+
+@torch.no_grad()
+def _varying(model: HookedSparseTransformer, batch: TaskBatch, means: NodeValues) -> set[Node]:
+    """Nodes that are anywhere on these prompts, padding apart, other than their mean."""
+    real = batch.attention_mask.bool()
+    with evaluating(model):
+        _, cache = model.run_with_cache(batch.clean, attention_mask=batch.attention_mask, return_type=None)
+    found: set[Node] = set()
+    for place in places(model.cfg):
+        off = (cache[place.hook].flatten(2)[real] - means[place]).abs().amax(0)
+        found |= {Node(place.layer, place.site, c) for c in (off > VARIES).nonzero()[:, 0].tolist()}
+    return found
+
+
+VARIES = 1e-6
+"""How far from its mean a node has to be somewhere; a mean is rounded."""
 
 
 def effects_alone(

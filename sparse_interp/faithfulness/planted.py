@@ -78,6 +78,18 @@ def planted(truth: GroundTruth, config: PlantConfig, *, generator: torch.Generat
         ConfigError: if the host is too small for the model, or has no room for the decoys.
         CircuitError: if the noise is so large that the key is none.
     """
+    found = hidden(truth, config, generator=generator)
+    means = mean_activations(found.model, found.blocks(N_CHECKED, generator=generator))
+    check_keys(found, both_sides(found.task.batch(N_CHECKED, "test", generator=generator)), means, TOLERANCE_NATS)
+    return found
+
+
+def hidden(truth: GroundTruth, config: PlantConfig, *, generator: torch.Generator) -> GroundTruth:
+    """`planted`, without measuring what comes out.
+
+    Raises:
+        ConfigError: if the host is too small for the model, or has no room for the decoys.
+    """
     small = truth.model
     _check_room(small.cfg, config)
     sizes = {name: getattr(config, name) for name in ("n_layers", "d_model", "n_heads", "d_mlp")}
@@ -90,10 +102,7 @@ def planted(truth: GroundTruth, config: PlantConfig, *, generator: torch.Generat
     names = ["" for _ in range(config.d_model)] + list(truth.channels[small.cfg.d_model :])
     for name, channel in zip(truth.channels, where.stream.tolist(), strict=False):
         names[channel] = name
-    found = moved(truth, host, where, name=f"{truth.name} planted", channels=tuple(names))
-    means = mean_activations(host, found.blocks(N_CHECKED, generator=generator))
-    check_keys(found, both_sides(found.task.batch(N_CHECKED, "test", generator=generator)), means, TOLERANCE_NATS)
-    return found
+    return moved(truth, host, where, name=f"{truth.name} planted", channels=tuple(names))
 
 
 TOLERANCE_NATS = 0.02

@@ -51,8 +51,8 @@ SHARP = 3.0
 
 
 TOLERANCE = 0.01
-"""How far a key is from its model at most, KL at the answers, nats; without any part of it it is farther. On prompts that
-it was not measured on it may be twice as far."""
+"""How far a key is from its model at most, KL at the answers, nats; without any part of it it is farther. On
+prompts that it was not measured on it may be twice as far."""
 
 
 class Program(NamedTuple):
