@@ -289,19 +289,27 @@ def _effects(
     selection: Selection, circuit: Circuit, parts: Sequence[Part], extras: Sequence[Part], progress: bool
 ) -> dict[Part, Float[Tensor, " prompt"]]:
     """What each part's knock-out adds to the divergence, prompt by prompt, in the order of `selection.measured(1)`."""
-    in_order, added = sorted([*parts, *extras], key=lambda part: part.where.layer), set(extras)
-    gates = _gates(selection.model, circuit)
-    by_layer = {layer: list(some) for layer, some in groupby(in_order, key=lambda part: part.where.layer)}
-    turned = {layer: _turned(circuit.kept, some, gates) for layer, some in by_layer.items()}
-    without = turned if gates else {layer: list(masks) for layer, masks in turned.items()}  # of nodes, all may be known
-    with selection.model.gated_edges(gates):
-        found = selection.divergences(circuit.kept, without)
-        whole = next(found).cpu()
-        bar = tqdm(found, total=len(in_order), disable=not progress, desc="knock-outs", unit="run")
-        return {
-            part: (whole - kl.cpu() if part in added else kl.cpu() - whole)
-            for part, kl in zip(in_order, bar, strict=True)
-        }
+    order, gates = list(circuit.kept), _gates(selection.model, circuit)
+    nodes = sorted((p for p in (*parts, *extras) if isinstance(p.where, Place)), key=lambda p: order.index(p.where))
+    edges = sorted((p for p in (*parts, *extras) if isinstance(p.where, Matrix)), key=lambda p: p.where.layer)
+    turned = {layer: list(_turned(circuit.kept, some, gates)) for layer, some in _by_layer(nodes)}
+    cut = {layer: _turned(circuit.kept, some, gates) for layer, some in _by_layer(edges)}
+    found = {}
+    with (
+        selection.model.gated_edges(gates),
+        tqdm(total=len(nodes) + len(edges), disable=not progress, desc="knock-outs", unit="run") as bar,
+    ):
+        for some, without in ((nodes, turned), (edges, cut)):
+            divergences = selection.divergences(circuit.kept, without)
+            whole = next(divergences).cpu()
+            for part, kl in zip(some, divergences, strict=True):
+                found[part] = kl.cpu() - whole
+                bar.update()
+    return found | {part: -found[part] for part in extras}
+
+
+def _by_layer(parts: Iterable[Part]) -> Iterator[tuple[int, list[Part]]]:
+    yield from ((layer, list(some)) for layer, some in groupby(parts, key=lambda part: part.where.layer))
 
 
 def _gates(model: HookedModel, circuit: Circuit) -> dict[Matrix, EdgeGate]:
