@@ -31,9 +31,10 @@ from sparse_interp.circuit.looking import ANSWER, EVERY, evenness, looks
 from sparse_interp.faithfulness.scores import groups_of, mean_of, pearson
 from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import values_on
+from sparse_interp.interventions.sweeps import reaching
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
-from sparse_interp.model.sites import ATTN_READ, PATTERN_HOOK, K, Place, V, queries_of
+from sparse_interp.model.sites import PATTERN_HOOK, Place, V, queries_of
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Interval, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
@@ -134,7 +135,7 @@ def _compared(model: HookedModel, circuit: Circuit, batch: TaskBatch) -> tuple[M
     for place, kept in places.items():
         channels = kept.any(0).nonzero()[:, 0].to(own[place].device)
         baseline = circuit.baseline[place].to(own[place].device)[channels].double()
-        asked = counted(batch, place, model.cfg)[..., None] & kept[:, channels.cpu()].to(own[place].device)
+        asked = reaching(batch, place, model.cfg)[..., None] & kept[:, channels.cpu()].to(own[place].device)
         c, m = ((values[place][..., channels].double() - baseline) * asked for values in (run, own))
         n = asked.sum(1).clamp(min=1)
         moments.append(torch.stack([x.sum(1) / n for x in (c, m, c * c, m * m, c * m)], -1).cpu())
@@ -160,14 +161,6 @@ def kept_heads(circuit: Circuit, cfg: AnyShape) -> dict[int, list[int]]:
             heads = {query // cfg.d_head for channel in channels for query in queries_of(cfg, channel)}
             found |= {place.layer: sorted(heads)} if heads else {}
     return found
-
-
-def counted(batch: TaskBatch, place: Place, cfg: AnyShape) -> Bool[Tensor, "batch pos"]:
-    """The positions at which what a place holds can reach the answer."""
-    early = place.layer < cfg.n_layers - 1 or place.site in (ATTN_READ.name, K.name, V.name)
-    if early and place.layer < cfg.n_layers:
-        return batch.attention_mask.bool()
-    return torch.arange(batch.clean.shape[1], device=batch.clean.device) == batch.last[:, None]
 
 
 def _recorded(

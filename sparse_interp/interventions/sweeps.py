@@ -17,7 +17,7 @@ count rows and positions, get whole batches instead. Then only the blocks before
 in every prompt.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ from sparse_interp.interventions.ablation import FwdHooks
 from sparse_interp.interventions.answers import AnswerLogits
 from sparse_interp.interventions.memory import MARGIN, Meter
 from sparse_interp.interventions.node_effects import PatchingTable, Positions, Question
-from sparse_interp.model.dense import AnyModel
+from sparse_interp.model.config import AnyShape
+from sparse_interp.model.dense import AnyModel, HookedModel
 from sparse_interp.model.layers import heard
 from sparse_interp.model.sites import ATTN_READ, FINAL_READ, NODE_SITES, K, Node, Place, V, flat, places, width
 from sparse_interp.model.text import evaluating
@@ -113,10 +114,8 @@ class _Sweep:
 
     def __init__(self, question: Question, budget_bytes: int):
         self.asked, self.model, self.cfg = question, question.model, question.model.cfg
-        ours = isinstance(self.model, HookedSparseTransformer)
-        points = (self.model if ours else self.model.tl).hook_dict.values()
-        self.overheard = heard(*points) or (ours and _gated(self.model))
-        self.resumable = ours and self.cfg.attention_dir == "causal" and not self.overheard
+        self.overheard = overheard(self.model)
+        self.resumable = resumable(self.model)
         self.budget = _Budget(question, budget_bytes, self.resumable)
         self.budget.measure(self._trial, only=len(question) if self.overheard else None)
         self.past: dict[Place, HeadVectors] = {}
@@ -230,10 +229,9 @@ class _Sweep:
 
     def _matters(self, place: Place) -> Bool[Tensor, "batch pos"]:
         """Where a change at a place can change the metric."""
-        early = place.layer < self.cfg.n_layers - 1 or place.site in (ATTN_READ.name, K.name, V.name)
-        if self.overheard or not self.reading.answers_alone or early:
+        if self.overheard or not self.reading.answers_alone:
             return self.asked.mask
-        return torch.arange(self.asked.n_pos, device=self.asked.device) == self.asked.batch.last[:, None]
+        return reaching(self.asked.batch, place, self.cfg)[:, : self.asked.n_pos]
 
     def _rows(self, moved: Bool[Tensor, "batch pos channel"], first_item: int) -> Rows:
         """A row for every prompt and node, or prompt, node and label, where something would change."""
@@ -291,33 +289,59 @@ class _Sweep:
         pos = start[:, None] + torch.arange(n_pos, device=start.device)
         tokens, stream = (x[rows.prompt[:, None], pos] for x in (self.asked.base, self.streams["base"]))
         at_last = place.site == FINAL_READ.name and self.reading.answers_alone
-        exchanged = _exchanged(source, channels, rows, last[:, None] if at_last else pos, self.budget.n_labels)
+        exchanged = exchanging(source, channels, rows, last[:, None] if at_last else pos, self.budget.n_labels)
         seen = None if self.asked.seen is None else self.asked.seen[rows.prompt][:, :n_pos]
         with self.model.hooks([(place.hook, exchanged)]):
             if place.layer < self.cfg.n_layers:
                 where = {"start_at_layer": place.layer, "stop_at_layer": self.cfg.n_layers}
-                past = {"past_kv_cache": self._past(rows.prompt, start, place.layer)} if self.resumable else {}
+                past = {}
+                if self.resumable:
+                    past["past_kv_cache"] = keys_before(self.cfg, self.past, rows.prompt, start, place.layer)
                 stream = self.model(stream, tokens=tokens, attention_mask=seen, **where, **past)
             if self.reading.answers_alone:
                 return self.asked.unembedded(tokens, stream, last - start)
             return self.asked.widened(self.model(stream, tokens=tokens, start_at_layer=self.cfg.n_layers))
 
-    def _past(
-        self, prompt: Int[Tensor, " row"], start: Int[Tensor, " row"], layer: int
-    ) -> TransformerLensKeyValueCache | None:
-        """Keys and values of the positions before `start`, for `layer` and those after it, padded on the left."""
-        n_past = int(start.max())
-        if n_past == 0:
-            return None
-        pos = start[:, None] - n_past + torch.arange(n_past, device=start.device)
-        cache = TransformerLensKeyValueCache.init_cache(self.cfg, str(start.device), len(start))
-        cache.previous_attention_mask = (pos >= 0).int()
-        index = prompt[:, None], pos.clamp(min=0)
-        for later in range(layer, self.cfg.n_layers):
-            entry = cache.entries[later]
-            entry.past_keys, entry.past_values = (self.past[Place(later, s.name)][index] for s in (K, V))
-        cache.freeze()
-        return cache
+
+def keys_before(
+    cfg: AnyShape,
+    past: Mapping[Place, HeadVectors],
+    prompt: Int[Tensor, " row"],
+    start: Int[Tensor, " row"],
+    layer: int,
+) -> TransformerLensKeyValueCache | None:
+    """Keys and values of the positions before `start`, for `layer` and those after it, padded on the left."""
+    n_past = int(start.max())
+    if n_past == 0:
+        return None
+    pos = start[:, None] - n_past + torch.arange(n_past, device=start.device)
+    cache = TransformerLensKeyValueCache.init_cache(cfg, str(start.device), len(start))
+    cache.previous_attention_mask = (pos >= 0).int()
+    index = prompt[:, None], pos.clamp(min=0)
+    for later in range(layer, cfg.n_layers):
+        entry = cache.entries[later]
+        entry.past_keys, entry.past_values = (past[Place(later, s.name)][index] for s in (K, V))
+    cache.freeze()
+    return cache
+
+
+def reaching(batch: TaskBatch, place: Place, cfg: AnyShape) -> Bool[Tensor, "batch pos"]:
+    """Where what a place holds can reach the answer: past keys and values of the last block at a prompt's end alone."""
+    if place.layer < cfg.n_layers - 1 or place.site in (ATTN_READ.name, K.name, V.name):
+        return batch.attention_mask.bool()
+    return torch.arange(batch.clean.shape[1], device=batch.clean.device) == batch.last[:, None]
+
+
+def overheard(model: HookedModel) -> bool:
+    """Whether somebody's hooks are on a model, or edges of it are gated: these may count rows and positions."""
+    ours = isinstance(model, HookedSparseTransformer)
+    points = (model if ours else model.tl).hook_dict.values()
+    return heard(*points) or (ours and _gated(model))
+
+
+def resumable(model: HookedModel) -> bool:
+    """Whether a run may begin at a later position, with keys and values of the earlier ones given."""
+    return isinstance(model, HookedSparseTransformer) and model.cfg.attention_dir == "causal" and not overheard(model)
 
 
 def _gated(model: HookedSparseTransformer) -> bool:
@@ -329,7 +353,7 @@ def _note(seen: list[Tensor], activation: Tensor, hook: HookPoint) -> None:
     seen.append(activation)
 
 
-def _exchanged(source: Values, channels: Tensor, rows: Rows, pos: Int[Tensor, "row run"], n_labels: int) -> Callable:
+def exchanging(source: Values, channels: Tensor, rows: Rows, pos: Int[Tensor, "row run"], n_labels: int) -> Callable:
     """A hook under which each row's node holds, from its `begin` to its `end`, what it holds in `source`."""
     row, column = torch.arange(len(pos), device=pos.device)[:, None], torch.arange(pos.shape[1], device=pos.device)
     channel, prompt = channels[rows.item // n_labels][:, None], rows.prompt[:, None]

@@ -1,5 +1,6 @@
 """Interchange: the numbers of runs with hooks written out, between prompts and between a circuit and its model."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,9 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Ablation, ablate
 from sparse_interp.interventions.baselines import Counterfactual, task_means
-from sparse_interp.interventions.interchange import interchange
+from sparse_interp.interventions.interchange import interchange, interchange_each
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import Node, Place, flat, places, width
+from sparse_interp.model.sites import Node, NodeAt, Place, flat, masks, places, width
 from sparse_interp.tasks.task import logit_difference
 
 NODES = [Node(0, "neuron", c) for c in range(0, 20, 3)] + [Node(1, "v", 4)]
@@ -118,6 +119,100 @@ def test_nodes_of_the_circuit_in_the_models_run_have_the_circuits_values(any_kin
         expected = logit_difference(any_kind(pairs.clean)[last], pairs).mean().item()
     found = interchange(any_kind, pairs, [node], source=pairs, source_running=circuit.running).frame.iloc[0]
     assert found.exchanged == pytest.approx(expected, abs=1e-5) and found.nodes == "L1.mlp_read.3"
+
+
+def exchanged_by_hand(model, base, source, node, within, source_within, at=None):
+    """Answer logits of one prompt with one node as in another run; both run as told."""
+    model, name, seen = hooked(model), Place(node.layer, node.site).hook, {}
+
+    def put(activation, hook):
+        changed = flat(activation).clone()
+        where = slice(None) if at is None else at
+        changed[:, where, node.channel] = seen["x"][:, where]
+        return changed.view_as(activation)
+
+    with source_within(model), model.hooks([(name, lambda x, hook: seen.update(x=flat(x)[..., node.channel].clone()))]):
+        answers(model, source)
+    with within(model), model.hooks([(name, put)]):
+        return answers(model, base)
+
+
+AS_CIRCUIT = {
+    "model": (False, False),
+    "circuit": (True, True),
+    "into circuit": (True, False),
+    "into model": (False, True),
+}
+"""Whether base and source runs are those of the circuit."""
+
+
+@pytest.mark.parametrize(
+    ("runs", "edges_pruned"), [*((runs, False) for runs in AS_CIRCUIT), ("circuit", True), ("into circuit", True)]
+)
+def test_every_node_alone_does_what_hooks_written_out_do(any_kind, pairs, alone, circuit, runs, edges_pruned):
+    if edges_pruned:
+        masks = {m: mask & (torch.arange(mask.numel()).view(mask.shape) % 3 > 0) for m, mask in
+                 circuit.edge_masks(any_kind).items()}  # fmt: skip
+        circuit = Circuit.of_nodes(any_kind, circuit.node_set, circuit.baseline, edges=masks)
+    within, source_within = (circuit.running if cut else nullcontext for cut in AS_CIRCUIT[runs])
+    source = None if runs in ("model", "circuit") else pairs
+    read = lambda logits, rows: torch.stack([logit_difference(logits, pairs.rows(rows)), logits[:, 7]], 1)
+    each = interchange_each(
+        any_kind, pairs, circuit.inside, read, source=source, running=within, source_running=source_within
+    )
+    assert set(each.nodes) == circuit.node_set and each.exchanged.shape == (circuit.n_nodes, 3, 2)
+    for i, pair in enumerate(alone):
+        other = pair.corrupt if source is None else pair.clean
+        with torch.no_grad(), within(any_kind):
+            base = answers(any_kind, pair.clean)
+        expected = torch.stack([logit_difference(base, pair), base[:, 7]], 1)[0].double()
+        torch.testing.assert_close(each.base[i], expected, atol=1e-5, rtol=1e-5)
+        for node in each.nodes[i :: 1 + len(each.nodes) // 6]:
+            logits = exchanged_by_hand(any_kind, pair.clean, other, node, within, source_within)
+            expected = torch.stack([logit_difference(logits, pair), logits[:, 7]], 1)[0].double()
+            found = each.exchanged[each.nodes.index(node), i]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=str((node, i)))
+    assert (each.exchanged - each.base).abs().amax((1, 2)).gt(1e-4).sum() > circuit.n_nodes / 4
+
+
+@pytest.mark.parametrize("kind", [{"attention_dir": "bidirectional"}, {"positions": "concat", "d_pos_emb": 3}], ids=str)
+def test_every_node_alone_in_models_of_other_kinds(make_model, pairs, alone, kind):
+    model = make_model(**kind)
+    inside = masks(everything(model)[::11], model.cfg)
+    each = interchange_each(
+        model, pairs, inside, lambda logits, rows: logit_difference(logits, pairs.rows(rows))[:, None]
+    )
+    for i, pair in enumerate(alone):
+        for n, node in enumerate(each.nodes):
+            logits = exchanged_by_hand(model, pair.clean, pair.corrupt, node, nullcontext, nullcontext)
+            assert each.exchanged[n, i, 0] == pytest.approx(float(logit_difference(logits, pair)), abs=1e-5), node
+
+
+def test_a_node_kept_at_some_positions_is_exchanged_there(plain_model, pairs):
+    pair = pairs.rows(slice(1))
+    spots = [NodeAt(0, "k", 3, 1), NodeAt(0, "k", 3, 4), NodeAt(1, "neuron", 2, 6), NodeAt(1, "neuron", 2, 3)]
+    spots += [NodeAt(0, "attn_read", 5, pos) for pos in (1, 2, 6)] + [NodeAt(2, "final_read", 5, 6)]
+    circuit = Circuit.of_nodes(plain_model, spots, task_means(plain_model, pairs), n_pos=7)
+    read = lambda logits, rows: logit_difference(logits, pair.rows(rows))[:, None]
+    for within in (nullcontext, circuit.running):
+        each = interchange_each(
+            plain_model, pair, circuit.inside, read, source=pair.swapped(), running=within, source_running=within
+        )
+        for node, number in zip(each.nodes, each.exchanged[:, 0, 0].tolist(), strict=True):
+            at = [spot.pos for spot in spots if spot.node == node]
+            logits = exchanged_by_hand(plain_model, pair.clean, pair.corrupt, node, within, within, at)
+            assert number == pytest.approx(float(logit_difference(logits, pair)), abs=1e-5), node
+
+
+def test_hooks_of_somebody_else_are_felt_by_every_node_alone(plain_model, pairs, alone):
+    name, node = Place(0, "attn_write").hook, Node(1, "k", 4)
+    third = lambda activation, hook: activation * (torch.arange(activation.shape[1]) == 2)[:, None]
+    read = lambda logits, rows: logit_difference(logits, pairs.rows(rows))[:, None]
+    with plain_model.hooks([(name, third)]):
+        each = interchange_each(plain_model, pairs, masks([node], plain_model.cfg), read)
+        for i, pair in enumerate(alone):
+            logits = exchanged_by_hand(plain_model, pair.clean, pair.corrupt, node, nullcontext, nullcontext)
+            assert each.exchanged[0, i, 0] == pytest.approx(float(logit_difference(logits, pair)), abs=1e-5)
 
 
 def test_sources_may_be_any_prompts_of_any_length(plain_model, pairs, alone):
