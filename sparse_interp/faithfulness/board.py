@@ -1,7 +1,7 @@
 """The ground-truth board: every way of finding circuits on every model whose circuit is known.
 
     cell   =  case x method x seed         one small JSON file, written when the cell is finished and never run again
-    case   =  hand-built model | planted one | Tracr program in a host | Tracr program, edges between components
+    case   =  hand-built model | planted one | Tracr program in a host | edges between components of two Tracr programs
 
 The same command goes on after an interruption; a cell whose file is damaged, or was made with other settings, is run
 again. A search that finds no circuit is a result: its cell says so, and counts as not recovered. `rivals` runs where a
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import nan
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +25,14 @@ import torch
 from tqdm import tqdm
 
 from sparse_interp.errors import CircuitError, ConfigError
-from sparse_interp.faithfulness import methods
+from sparse_interp.faithfulness import methods, recover
 from sparse_interp.faithfulness.answer_key import GroundTruth
+from sparse_interp.faithfulness.components import ComponentTruth
 from sparse_interp.faithfulness.ground_truth import ground_truths
 from sparse_interp.faithfulness.methods import METHODS
 from sparse_interp.faithfulness.planted_cases import planted_cases
-from sparse_interp.faithfulness.recover import Scores, method_called, recover
+from sparse_interp.faithfulness.recover import Scores, method_called
+from sparse_interp.faithfulness.tracr import COMPONENT_TASKS, tracr_cases, tracr_components
 from sparse_interp.results import Axes, Table, bars_with_intervals, bootstrap_interval, write_whole
 
 SEEDS = {"default": 1, "full": 3}
@@ -41,14 +43,17 @@ FORMAT_VERSION = 1
 SEVERAL_KEYS = "rivals"
 """The method that runs only where there are several keys."""
 
+COMPONENTS = "components"
+"""The kind of case that has edges between components, which are what `acdc` alone was written for."""
+
 
 class Case(NamedTuple):
     """A model whose circuit is known."""
 
     kind: str
-    """`hand-built`, `planted`, `tracr` or `components`."""
+    """`hand-built`, `planted`, `tracr`, or `components`: the published comparison, greedy removal as ACDC has it."""
 
-    build: Callable[[], GroundTruth]
+    build: Callable[[], GroundTruth | ComponentTruth]
     """Makes it: the same whenever it is called."""
 
 
@@ -76,7 +81,8 @@ def board_cases(board: str = "default") -> dict[str, Case]:
         raise ConfigError(f"board={board!r}; expected {' or '.join(map(repr, SEEDS))}.")
     cases = {name: Case("hand-built", build) for name, build in ground_truths().items()}
     cases |= {name: Case("planted", build) for name, build in planted_cases(board).items()}
-    return cases
+    cases |= {name: Case("tracr", build) for name, build in tracr_cases(board).items()}
+    return cases | {f"acdc-{name}": Case(COMPONENTS, partial(tracr_components, name)) for name in COMPONENT_TASKS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +204,7 @@ def board_cells(
         Cell(board, case, method, seed)
         for case in (chosen_cases or cases)
         for method in (chosen_methods or METHODS)
+        if cases[case].kind != COMPONENTS or method == "acdc"
         for seed in range(n_seeds)
     ]
 
@@ -221,7 +228,7 @@ def _on_one_thread() -> None:
 
 
 @lru_cache(maxsize=1)
-def _built(board: str, case: str) -> GroundTruth:
+def _built(board: str, case: str) -> GroundTruth | ComponentTruth:
     return board_cases(board)[case].build()
 
 
@@ -232,15 +239,18 @@ def measure(cell: Cell) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "settings": settings(),
         "kind": board_cases(cell.board)[cell.case].kind,
-        "n_keys": len(truth.keys),
+        "n_keys": 1 if isinstance(truth, ComponentTruth) else len(truth.keys),
         "scores": None,
         "seconds": nan,
         "note": "",
     }
+    if isinstance(truth, ComponentTruth):
+        scores, seconds = recover.recover_components(truth)
+        return record | {"scores": asdict(scores), "seconds": seconds}
     if cell.method == SEVERAL_KEYS and len(truth.keys) == 1:
         return record | {"note": NOT_RUN}
     try:
-        found = recover(truth, cell.method, generator=torch.Generator().manual_seed(cell.seed))
+        found = recover.recover(truth, cell.method, generator=torch.Generator().manual_seed(cell.seed))
     except CircuitError as error:
         return record | {"note": f"no circuit: {error}"}
     return record | {"scores": asdict(found.scores), "seconds": found.seconds}
@@ -249,7 +259,8 @@ def measure(cell: Cell) -> dict[str, Any]:
 def settings() -> str:
     """A hash of everything that says how the methods search; cells of other settings are run again."""
     names = ("PRUNING", "N_MEANS", "N_SEEDS", "TAUS", "GREEDY_EVERY", "ONE_BY_ONE_EVERY", "PRICES")
-    return hashlib.sha256(repr([getattr(methods, name) for name in names]).encode()).hexdigest()[:16]
+    told = [getattr(methods, name) for name in names] + [recover.COMPONENT_TAUS]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def kept(folder: Path, cell: Cell) -> dict[str, Any] | None:
