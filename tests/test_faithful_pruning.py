@@ -235,7 +235,7 @@ def test_a_setting_that_found_nothing_is_compared_with_nothing(study, two_settin
 def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
     frame["setting"] = study.DEFAULT
     both = pd.concat([frame, two_settings[two_settings.setting != study.DEFAULT]])
-    sentences = study.said(study.by_setting(both), study.gaps(both), study.beside_default(both))
+    *sentences, _ = study.said(study.by_setting(both), study.gaps(both), study.beside_default(both))
     assert sentences == [
         "Searched for agreement, nonsense has a circuit in 1 of 2 bundled cases, of 2 to 2 times the nodes of the real "
         "ones; that it takes at least 5 times the nodes or has none holds in 1 of 2.",
@@ -243,7 +243,7 @@ def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
         "bundled tasks; 0 of them are better than their model.",
     ]
     known = two_settings.assign(kind="planted", seed=3, key_f1=1.0, key_exact=[True] * 5 + [False])
-    sentences = study.said(study.by_setting(known), study.gaps(known), study.beside_default(known))
+    *sentences, _ = study.said(study.by_setting(known), study.gaps(known), study.beside_default(known))
     assert sentences == [
         "Settings that find every known planted circuit exactly, of so many: agreement (3). Others: agreement, "
         "adversarial: 2 of 3."
@@ -254,13 +254,37 @@ def test_the_main_settings_are_told_beside_the_default(study, two_settings):
     other = study.MAIN[-1]
     two_settings["setting"] = two_settings.setting.replace("agreement, adversarial", other)
     two_settings.loc[:1, "test_loss_circuit_nats"] = [0.2, 0.4]
-    sentences = study.said(study.by_setting(two_settings), study.gaps(two_settings), study.beside_default(two_settings))
+    *sentences, _ = study.said(
+        study.by_setting(two_settings), study.gaps(two_settings), study.beside_default(two_settings)
+    )
     assert sentences == [
         "On held-out prompts circuits searched for agreement have a task loss -0.133 nats from their models', mean of "
         "3 bundled tasks; 2 of them are better than their model.",
         f"On the same 2 bundled tasks, {other} has 0.354 times the nodes of agreement and takes 1 times as long; the "
         "worst partial ablation leaves its circuits 1.5 nats from their model, those of agreement 0.5.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("missed", "nonsense", "worst", "wins"),
+    [
+        (None, (100, 100), (0.5, 0.4), "agreement, adversarial"),  # nearer to its model at the worst
+        (None, (100, 100), (0.5, 0.6), "agreement"),
+        (None, (100, 30), (0.5, 0.4), "agreement"),  # nonsense is as small
+        ("agreement, adversarial", (100, 100), (0.5, 0.4), "agreement"),  # a known circuit is missed
+        ("agreement", (100, 100), (0.5, 0.6), "agreement, adversarial"),
+    ],
+)
+def test_who_wins_finds_known_circuits_and_no_nonsense_and_stands_the_worst(study, missed, nonsense, worst, wins):
+    rows = []
+    for setting, size, nats in zip((study.DEFAULT, "agreement, adversarial"), nonsense, worst, strict=True):
+        rows.append(row(study, "real", "a", 10) | {"setting": setting, "worst_kl_nats": nats})
+        rows.append(row(study, "nonsense", "a", size) | {"setting": setting})
+        known = {"setting": setting, "kind": "hand-built", "key_exact": setting != missed, "key_f1": 1.0}
+        rows.append(row(study, "real", "b", 10) | known)
+    frame = pd.DataFrame(rows)
+    sentence = study.chosen(study.by_setting(frame), study.beside_default(frame))
+    assert sentence == f"Of 2 settings that were tried on known circuits, solved tasks and nonsense, {wins} wins."
 
 
 def test_tables_are_json_without_infinities(study, frame):
