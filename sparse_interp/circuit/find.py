@@ -202,7 +202,7 @@ def _knock_outs(
     """By how much the mean KL(model || circuit) grows when a unit is held at its baseline too, nats."""
     kept = kept_by([node for unit in units for node in unit], model, config, selection.n_pos)
     by_layer: dict[int, list[int]] = {}
-    for i, unit in enumerate(units):
+    for i, unit in sorted(enumerate(units), key=lambda numbered: numbered[1][0].site):  # those of a place run together
         by_layer.setdefault(unit[0].layer, []).append(i)
     without = {layer: [less(kept, units[i]) for i in members] for layer, members in by_layer.items()}
     costs = selection.knock_outs(kept, without, KNOCK_OUT_EVERY)

@@ -8,7 +8,6 @@
 What counts is always what is connected (interventions/connections.py says what that takes), in training too.
 """
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -33,9 +32,9 @@ from sparse_interp.interventions.edges import (
     row_values,
 )
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix, split_pairs
+from sparse_interp.interventions.selection import Candidate, EdgeCut, Fit, Selection, smallest_prefix, split_pairs
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.edges import EdgeGate, Matrix
+from sparse_interp.model.edges import Matrix
 from sparse_interp.model.sites import (
     Node,
     NodeValues,
@@ -275,24 +274,24 @@ class EdgeSizing:
                 found[unit] = cost
         return found
 
-    def _each(self, members: list[tuple[int, Matrix | Place, int]], kept: Masks) -> Iterator[Masks]:
-        """What is kept, again and again; while one is looked at, the next of `members` is cut."""
+    def _each(self, members: list[tuple[int, Matrix | Place, int]], kept: Masks) -> list[Candidate]:
+        """What is cut for each of `members`: an edge, or a channel of the end."""
         rows, like = row_values(self.model, self.start.baseline), self.model.embed.W_E
+        rows = {matrix: values.to(like) for matrix, values in rows.items()}
+        found: list[Candidate] = []
         for _, group, i in members:
             if isinstance(group, Place):
-                yield less(kept, [Node(*group, int(self.units.channels[i]))])
-                continue
-            row, column = (int(index[i]) for index in self.units.entries[group])
-            share = like.new_ones(self.units.shapes[group])
-            share[row, column] = 0
-            with self.model.gated_edges({group: EdgeGate(share, rows[group].to(like))}):
-                yield kept
+                found.append(less(kept, [Node(*group, int(self.units.channels[i]))]))
+            else:
+                row, column = (int(index[i]) for index in self.units.entries[group])
+                found.append(EdgeCut(group, self.units.shapes[group], row, column, rows[group]))
+        return found
 
     @torch.no_grad()
     def importance_of(self, nodes: list[Node], chosen: Chosen) -> dict[Node, float]:
         """By how much the divergence grows when a node is held at its baseline, nats."""
         kept = self.connections.of(chosen)[1]
-        in_order = sorted(nodes, key=lambda node: node.layer)
+        in_order = sorted(nodes, key=lambda node: (node.layer, node.site))  # those of a place run together
         without: dict[int, list[Masks]] = {}
         for node in in_order:
             without.setdefault(node.layer, []).append(less(kept, [node]))

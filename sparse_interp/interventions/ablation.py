@@ -47,8 +47,8 @@ from sparse_interp.model.sites import (
 from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch, kl_divergence
 
-Masks = Mapping[Place, Bool[Tensor, " width"] | Bool[Tensor, "pos width"]]
-"""What is kept, at all positions or position by position."""
+Masks = Mapping[Place, Bool[Tensor, " width"] | Bool[Tensor, "pos width"] | Bool[Tensor, "row 1 width"]]
+"""What is kept, at all positions or position by position; or in each row of packed prompts."""
 
 Values = NodeValues | Mapping[Place, Tensor]
 """What nodes are held at: [width] for constants, or what broadcasts to [batch pos width] for values of prompts."""
@@ -104,7 +104,7 @@ def _held(
     held = fitting(values.to(channels), channels, hook)
     if r is not None:
         held = partly(channels, held, r.to(channels))
-    return torch.where(kept.to(channels.device), channels, held).view_as(activation)
+    return torch.where(kept.to(channels.device), channels, held).unflatten(-1, activation.shape[2:])
 
 
 def fitting(values: Tensor, channels: Float[Tensor, "batch pos width"], hook: HookPoint) -> Tensor:

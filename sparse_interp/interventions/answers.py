@@ -1,10 +1,10 @@
 """What a model answers: its logits at the one position of each prompt that a task asks about.
 
 Nothing is unembedded elsewhere, the blocks before a layer need not run again, and prompts of like length run together,
-so that a batch of any size costs little more than its tokens.
+so that a batch of any size costs little more than its tokens. Packed, it costs less than those (model/packing.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,9 @@ from torch import Tensor
 from sparse_interp.axes import Resid
 from sparse_interp.errors import TaskError
 from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.sites import FINAL_READ, Place
+from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import TaskBatch
 
 AnswerLogits = Float[Tensor, "batch d_vocab"]
@@ -43,21 +45,57 @@ def length_in_common(pairs: TaskBatch) -> int:
     return longest
 
 
-def answer_logits(model: HookedModel, batch: TaskBatch, resid: Resid | None = None, layer: int = 0) -> AnswerLogits:
+def packed(model: HookedModel, batches: Sequence[TaskBatch]) -> Packing | None:
+    """The clean prompts of each batch packed into a row, for runs in which nothing tells prompts apart.
+
+    None where that cannot be: for a model that is not of our class or sees what comes later, and inside hooks that
+    somebody else has set, who expects prompts and positions.
+    """
+    if not isinstance(model, HookedSparseTransformer) or not model.packable:
+        return None
+    rows = [[ids[:n] for ids, n in zip(b.clean.tolist(), b.lengths.tolist(), strict=True)] for b in batches]
+    return Packing.of(rows, model.embed.W_E.device)
+
+
+def answer_logits(
+    model: HookedModel,
+    batch: TaskBatch,
+    resid: Resid | None = None,
+    layer: int = 0,
+    packing: Packing | None = None,
+) -> Float[Tensor, "_batch d_vocab"]:
     """The model's logits at each prompt's answer position, nothing unembedded elsewhere.
 
-    With `resid`, the stream that enters `layer` as `stream_at` gives it, the blocks before are not run again.
+    With `resid`, the stream that enters `layer` as `stream_at` gives it, the blocks before are not run again. With
+    `packing`, the prompts of `batch` packed, hooks see [row n ...], and in the last block, from queries on, what stands
+    at the ends of prompts, [row prompt ...]. What they return may have more rows than they were given: the same prompts
+    in each. Prompts of several rows follow each other.
     """
     if layer < model.cfg.n_layers or resid is None:
-        resid = stream_at(model, batch, model.cfg.n_layers, resid, layer)
+        resid = stream_at(model, batch, model.cfg.n_layers, resid, layer, packing)
+    if packing is not None:
+        assert isinstance(model, HookedSparseTransformer)
+        logits = model.packed_logits(packing, resid)
+        counts = packing.counts * (len(logits) // len(packing.counts))
+        return torch.cat([row[:n] for row, n in zip(logits, counts, strict=True)])
     device = model.embed.W_E.device
     rows, last = torch.arange(len(batch), device=device), batch.last.to(device)
     here = {"tokens": batch.clean.to(device)[rows, last][:, None], "start_at_layer": model.cfg.n_layers}
     return model(resid[rows, last][:, None], **here)[:, 0]
 
 
-def stream_at(model: HookedModel, batch: TaskBatch, stop: int, resid: Resid | None = None, layer: int = 0) -> Resid:
-    """The residual stream that enters block `stop` on the clean prompts, cut to the longest of them."""
+def stream_at(
+    model: HookedModel,
+    batch: TaskBatch,
+    stop: int,
+    resid: Resid | None = None,
+    layer: int = 0,
+    packing: Packing | None = None,
+) -> Float[Tensor, "_batch _pos d_model"]:
+    """The residual stream that enters block `stop` on the clean prompts, cut to the longest of them, or packed."""
+    if packing is not None:
+        assert isinstance(model, HookedSparseTransformer)
+        return model.packed_stream(packing, stop, resid, layer)
     device = model.embed.W_E.device
     tokens = batch.clean[:, : int(batch.lengths.max())].to(device)
     causal = model.cfg.attention_dir == "causal"  # padding on the right is then never seen from the answer position

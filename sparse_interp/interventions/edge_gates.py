@@ -28,6 +28,7 @@ from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import SearchHistory, train_gates
 from sparse_interp.model.dense import HookedModel
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.sites import NodeValues, flat
 from sparse_interp.tasks.task import TaskBatch
 
@@ -63,10 +64,10 @@ class EdgeGates(Gates):
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         super().__init__(self.units.sizes, self.units.sizes, [config], [generator], model.embed.W_E)
 
-    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
+    def meeting(self, rows: TaskBatch, counts: Sequence[int], packing: Packing | None = None) -> Meeting:
         """Blocks in which edges and the end are gated and nodes outside held, over the values for these prompts."""
         values = held_at_answers(self.model, self.baseline, rows)
-        scales = norm_scales(self.model, rows) if self.frozen_norms else {}
+        scales = norm_scales(self.model, rows, packing) if self.frozen_norms else {}
 
         @contextmanager
         def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:

@@ -16,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_interp.interventions.ablation import partial
+from sparse_interp.interventions.answers import packed
 from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.norms import frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import FwdHooks, HookedModel
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.sites import (
     FINAL_READ,
     Node,
@@ -91,9 +93,18 @@ class Gates(ABC):
             [config.tau_init + 0.01 * torch.randn(size, generator=generator) for size in self.sizes.values()]
         )
 
+    model: HookedModel
+    baseline: Baseline
+    n_pos: int | None = None
+
+    def packing(self, of_masks: Sequence[TaskBatch]) -> Packing | None:
+        """The prompts of each mask packed into a row, where what gates do is the same for all prompts and positions."""
+        constant = isinstance(self.baseline, NodeValues) and self.n_pos is None
+        return packed(self.model, of_masks) if constant else None
+
     @abstractmethod
-    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
-        """How the prompts `rows`, of which the first `counts[0]` are the first mask's, meet gates.
+    def meeting(self, rows: TaskBatch, counts: Sequence[int], packing: Packing | None = None) -> Meeting:
+        """How the prompts `rows`, of which the first `counts[0]` are the first mask's, meet gates; packed or not.
 
         What it returns makes a block of the gates that were drawn (group -> [mask gate], 1 open) and of shares, how
         much is left where a gate is shut (group -> [mask free], in [0, 1], or None for nothing).
@@ -193,10 +204,11 @@ class NodeGates(Gates):
         grouped = of_gates.unflatten(-1, (-1, 1, self.cfg.d_head))
         return grouped.expand(*grouped.shape[:-2], n_heads, -1).flatten(-3)
 
-    def meeting(self, rows: TaskBatch, counts: Sequence[int]) -> Meeting:
+    def meeting(self, rows: TaskBatch, counts: Sequence[int], packing: Packing | None = None) -> Meeting:
         """Blocks of hooks, over the baseline's values for these prompts and the norms' scales where they are frozen."""
         values = held_at_answers(self.model, self.baseline, rows)
-        scales = norm_scales(self.model, rows) if self.frozen_norms else {}
+        scales = norm_scales(self.model, rows, packing) if self.frozen_norms else {}
+        counts = [1] * len(counts) if packing is not None else counts
 
         @contextmanager
         def block(opened: Mapping, shares: Mapping | None = None) -> Iterator[None]:
@@ -243,6 +255,6 @@ class NodeGates(Gates):
 
 def per_row(of_masks: Float[Tensor, "mask pos width"], counts: Sequence[int]) -> Float[Tensor, "row pos width"]:
     """What each row of a batch meets that holds `counts[i]` rows of mask i; one mask alone broadcasts over its rows."""
-    if len(counts) == 1:
+    if all(n == 1 for n in counts) or len(counts) == 1:
         return of_masks
     return torch.cat([mask[None].expand(n, *mask.shape) for mask, n in zip(of_masks, counts, strict=True)])

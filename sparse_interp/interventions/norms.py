@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.interventions.answers import answer_logits
 from sparse_interp.model.dense import FwdHooks, HookedModel
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.sites import FINAL_SCALE_HOOK, SCALE_HOOKS
 from sparse_interp.tasks.task import TaskBatch
 
@@ -26,14 +27,14 @@ NormScales = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def norm_scales(model: HookedModel, batch: TaskBatch) -> NormScales:
-    """What norms divide by in a run of `answer_logits` on `batch`, with whatever hooks are on the model."""
+def norm_scales(model: HookedModel, batch: TaskBatch, packing: Packing | None = None) -> NormScales:
+    """What norms divide by in a run of `answer_logits` on `batch`, packed or not, with whatever hooks there are."""
     if model.cfg.norm == "none":
         return {}
     scales: dict[str, Tensor] = {}
     names = [hook.format(layer=layer) for layer in range(model.cfg.n_layers) for hook in SCALE_HOOKS]
     with model.hooks(fwd_hooks=[(name, partial(_note, scales, name)) for name in (*names, FINAL_SCALE_HOOK)]):
-        answer_logits(model, batch)
+        answer_logits(model, batch, packing=packing)
     return scales
 
 

@@ -248,11 +248,12 @@ def _fits(
     counts, joined = [len(own) for own in rows], torch.cat(rows)
     here, opened = batch.rows(joined), gates.drawn(step, chosen)
     own = [batch.rows(own) for own in rows]
-    block, references = gates.meeting(here, counts), reference[joined].split(counts)
+    packing, references = gates.packing(own), reference[joined].split(counts)
+    block = gates.meeting(here, counts, packing)
 
     def run(opened: Mapping, shares: Mapping | None) -> tuple[AnswerLogits, ...]:
         with block(opened, shares):
-            return answer_logits(model, here).split(counts)
+            return answer_logits(model, here, packing=packing).split(counts)
 
     def fits(logits: Sequence[AnswerLogits]) -> Float[Tensor, " mask"]:
         parts = zip(running, references, logits, own, strict=True)

@@ -6,8 +6,11 @@ outside a candidate is ablated fully, to whatever baseline the search has.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -22,6 +25,7 @@ from sparse_interp.interventions.answers import (
     answer_logits,
     both_sides,
     length_in_common,
+    packed,
     stream_at,
     taught,
 )
@@ -29,12 +33,36 @@ from sparse_interp.interventions.baselines import Baseline, held_at_answers
 from sparse_interp.interventions.norms import NormScales, frozen_norms, norm_scales
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import HookedModel
-from sparse_interp.model.sites import NodeValues
+from sparse_interp.model.edges import EdgeGate, Matrix, RowCuts
+from sparse_interp.model.packing import Packing
+from sparse_interp.model.sites import ATTN_READ, K, NodeValues, Place, V
 from sparse_interp.model.text import evaluating
+from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence, logit_difference_error
 
 AT_ONCE = 128
 """Prompts per forward pass where a candidate is measured."""
+
+TOKENS_TOGETHER = 2048
+"""Positions of packed prompts up to which candidates run together."""
+
+KEY_SITES = (ATTN_READ.name, K.name, V.name)
+"""Sites that matter before the ends of prompts in the last block too."""
+
+
+class EdgeCut(NamedTuple):
+    """One edge that is cut beside what a circuit lacks."""
+
+    matrix: Matrix
+    shape: tuple[int, int]
+    source: int
+    target: int
+    baseline: Tensor
+    """What its matrix's sources are at: a number for each row."""
+
+
+Candidate = Masks | EdgeCut
+"""What is kept, or which edge is cut beside what is not."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +98,8 @@ class _Chunk:
     """Prompts that run together, with all that does not change from candidate to candidate."""
 
     batch: TaskBatch
-    reference: AnswerLogits
+    rows: Int[Tensor, " prompt"]
+    packing: Packing | None
     values: Values
     scales: NormScales
 
@@ -105,7 +134,7 @@ class Selection:
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
         self.batch = both_sides(pairs).to(model.embed.W_E.device)
         with evaluating(model):
-            self.reference = taught(model, self.batch, teacher)
+            self.reference = self.logits({}) if teacher is None else taught(model, self.batch, teacher)
         self.model_loss = answer_loss(self.reference, self.batch).mean().item()
 
     @property
@@ -128,14 +157,15 @@ class Selection:
             for rows in order.split(AT_ONCE):
                 chunk = self._chunk(rows)
                 with self._holding(kept, chunk):
-                    parts.append(answer_logits(self.model, chunk.batch))
+                    parts.append(answer_logits(self.model, chunk.batch, packing=chunk.packing))
         return torch.cat(parts)[order.argsort()]
 
     def _chunk(self, rows: torch.Tensor) -> _Chunk:
         batch = self.batch.rows(rows)
         values = held_at_answers(self.model, self.baseline, batch)
-        scales = norm_scales(self.model, batch) if self.frozen_norms else {}
-        return _Chunk(batch, self.reference[rows], values, scales)
+        packing = packed(self.model, [batch]) if isinstance(values, NodeValues) and self.n_pos is None else None
+        scales = norm_scales(self.model, batch, packing) if self.frozen_norms else {}
+        return _Chunk(batch, rows, packing, values, scales)
 
     @contextmanager
     def _holding(self, kept: Masks, chunk: _Chunk) -> Iterator[None]:
@@ -148,7 +178,7 @@ class Selection:
         rows = torch.arange(0, len(self.batch), every)
         return rows[self.batch.lengths[rows.to(self.batch.lengths.device)].cpu().argsort(stable=True)]
 
-    def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int) -> Iterator[float]:
+    def knock_outs(self, kept: Masks, without: Mapping[int, Iterable[Candidate]], every: int) -> Iterator[float]:
         """By how much the mean KL(model || circuit) grows from `kept` to each of `without`, nats; see `divergences`."""
         found = self.divergences(kept, without, every)
         whole = next(found).mean().item()
@@ -156,33 +186,36 @@ class Selection:
             yield kl.mean().item() - whole
 
     @torch.no_grad()
-    def divergences(self, kept: Masks, without: Mapping[int, Iterable[Masks]], every: int = 1) -> Iterator[PerPrompt]:
+    def divergences(
+        self, kept: Masks, without: Mapping[int, Iterable[Candidate]], every: int = 1
+    ) -> Iterator[PerPrompt]:
         """KL(model || circuit) of `kept`, then of each of `without`, layer by layer, on the prompts `measured(every)`.
 
         `without` holds, under the number of a layer, what is kept when something of that layer is knocked out too, or
-        added: the layers before it are run once for all of them.
+        added: the layers before it are run once for all of them. Candidates in a sequence that differ from `kept` in
+        the same place run together, from there on; those that an iterator makes run one by one, each while it is the
+        last that was made.
         """
         model, n_layers = self.model, self.model.cfg.n_layers
 
-        def run(candidate: Masks, chunk: _Chunk, resid: Resid | None, layer: int) -> AnswerLogits:
-            with self._holding(candidate, chunk):
-                return answer_logits(model, chunk.batch, resid, layer)
+        def run(candidates: Sequence[Candidate], chunk: _Chunk, resid: Resid | None, layer: int) -> list[Tensor]:
+            with self._holding(_stacked(kept, candidates), chunk), _cutting(model, candidates, chunk.packing):
+                logits = answer_logits(model, chunk.batch, resid, layer, chunk.packing)
+            reference = self.reference[chunk.rows]
+            return [kl_divergence(reference, one, chunk.batch) for one in logits.chunk(len(candidates))]
 
         def stream(chunk: _Chunk, layer: int) -> Resid | None:
             with self._holding(kept, chunk):
-                return stream_at(model, chunk.batch, layer) if layer else None
-
-        def kl(candidate: Masks, streams: Sequence[Resid | None], layer: int) -> PerPrompt:
-            runs = [(chunk, run(candidate, chunk, s, layer)) for chunk, s in zip(chunks, streams, strict=True)]
-            return torch.cat([kl_divergence(c.reference, logits, c.batch) for c, logits in runs])
+                return stream_at(model, chunk.batch, layer, packing=chunk.packing) if layer else None
 
         with evaluating(model):
             chunks = [self._chunk(part) for part in self.measured(every).split(64)]
-            yield kl(kept, [None] * len(chunks), 0)
+            yield torch.cat([run([kept], chunk, None, 0)[0] for chunk in chunks])
             for layer in range(n_layers + 1):
                 streams = [stream(chunk, layer) for chunk in chunks] if layer in without else []
-                for candidate in without.get(layer, ()):
-                    yield kl(candidate, streams, layer)
+                for candidates in _together(kept, without.get(layer, ()), chunks[0].packing, n_layers):
+                    runs = [run(candidates, chunk, s, layer) for chunk, s in zip(chunks, streams, strict=True)]
+                    yield from map(torch.cat, zip(*runs, strict=True))
 
     def fit(self, kept: Masks) -> Fit:
         """What the stopping rules look at."""
@@ -190,6 +223,58 @@ class Selection:
         kl = kl_divergence(self.reference, logits, self.batch).mean().item()
         ld_error = logit_difference_error(self.reference, logits, self.batch).item()
         return Fit(kl, answer_loss(logits, self.batch).mean().item(), self.model_loss, ld_error)
+
+
+def _together(
+    kept: Masks, candidates: Iterable[Candidate], packing: Packing | None, n_layers: int
+) -> Iterator[list[Candidate]]:
+    """Candidates in their order, in groups that run together."""
+    if packing is None or not isinstance(candidates, Sequence):
+        yield from ([candidate] for candidate in candidates)
+        return
+    n_distinct, n_prompts = packing.tokens.shape[1], packing.spots.shape[1]
+    for where, alike in groupby(candidates, partial(_first_change, kept)):
+        ends_alone = isinstance(where, Place) and where.layer >= n_layers - 1 and where.site not in KEY_SITES
+        some, size = list(alike), max(1, TOKENS_TOGETHER // (n_prompts if ends_alone else n_distinct))
+        yield from (some[i : i + size] for i in range(0, len(some), size))
+
+
+def _first_change(kept: Masks, candidate: Candidate) -> Place | Matrix:
+    """Where a candidate begins to differ from `kept`."""
+    if isinstance(candidate, EdgeCut):
+        return candidate.matrix
+    return next((place for place, mask in kept.items() if candidate[place] is not mask), next(iter(kept)))
+
+
+def _stacked(kept: Masks, candidates: Sequence[Candidate]) -> Masks:
+    """The masks of candidates that run together, in rows where they differ from `kept`."""
+    if isinstance(candidates[0], EdgeCut):
+        return kept
+    several = [candidate for candidate in candidates if not isinstance(candidate, EdgeCut)]
+    if len(several) == 1:
+        return several[0]
+    found = dict(kept)
+    for place, mask in kept.items():
+        if any(one[place] is not mask for one in several):
+            found[place] = torch.stack([one[place] for one in several])[:, None]
+    return found
+
+
+def _cutting(
+    model: HookedModel, candidates: Sequence[Candidate], packing: Packing | None
+) -> AbstractContextManager[None]:
+    """A block in which each row has the edge of its candidate cut, if candidates are edges to cut."""
+    cuts = [candidate for candidate in candidates if isinstance(candidate, EdgeCut)]
+    if not cuts:
+        return nullcontext()
+    matrix, baseline = cuts[0].matrix, cuts[0].baseline
+    if packing is None:
+        share = baseline.new_ones(cuts[0].shape)
+        share[cuts[0].source, cuts[0].target] = 0
+        return model.gated_edges({matrix: EdgeGate(share, baseline)})
+    assert isinstance(model, HookedSparseTransformer)
+    ends = (torch.tensor([getattr(cut, end) for cut in cuts], device=baseline.device) for end in ("source", "target"))
+    return model.cutting_rows(matrix, RowCuts(*ends, baseline))
 
 
 def split_pairs(task: Task, config: PruneConfig, generator: torch.Generator) -> tuple[TaskBatch, TaskBatch]:

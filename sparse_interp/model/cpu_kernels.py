@@ -176,6 +176,21 @@ def abs_topk_backward(grad: Tensor, kept: Tensor) -> Tensor:
 
 @njit(nogil=True, cache=True)
 @no_type_check
+def _sum_rows(x: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[index[i], j] += x[i, j]
+
+
+def sum_rows(x: Tensor, index: Tensor, n_rows: int) -> Tensor:
+    """[n_rows width]: at every row the sum of those rows of `x` whose `index` it is."""
+    out = torch.zeros(n_rows, x.shape[1], dtype=x.dtype)
+    _sum_rows(x.detach().contiguous().numpy(), index.numpy(), out.numpy())
+    return out
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
 def _protect(keys: np.ndarray, chosen: np.ndarray, floor: int) -> None:
     """Mark in `chosen` the `floor` largest keys of every row and of every column."""
     n_rows, n_columns = keys.shape

@@ -12,9 +12,10 @@ behind AbsTopK, where what edges brought is no longer apart, and later hooks at 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -36,8 +37,33 @@ class EdgeGate(NamedTuple):
     """b, one number for each row, or one for each prompt, position and row."""
 
 
+class RowCuts(NamedTuple):
+    """In every row of a packed run one entry of a matrix is cut, beside what gates let through."""
+
+    sources: Int[Tensor, " row"]
+    targets: Int[Tensor, " row"]
+    baseline: Float[Tensor, " source"]
+    """What a cut entry carries; numbers for every row of the matrix."""
+
+    def less(
+        self,
+        out: Float[Tensor, "_row n target"],
+        change: Float[Tensor, "_row n source"],
+        weight: Float[Tensor, "source target"],
+    ) -> Float[Tensor, "row n target"]:
+        """What comes out of the matrix less what its cut entries would have brought; `change` is source - baseline."""
+        rows = torch.arange(len(self.sources), device=out.device)
+        out, change = (x.expand(len(rows), *x.shape[1:]) for x in (out, change))
+        brought = change[rows, :, self.sources] * weight[self.sources, self.targets][:, None]
+        at = rows[:, None], torch.arange(out.shape[1], device=out.device), self.targets[:, None]
+        return out.index_put(at, out[at] - brought)
+
+
 Held = list[tuple[Float[Tensor, "*batch_pos source"], Float[Tensor, "source target"]]]
 """Baselines, and the part of a matrix that carries each."""
+
+
+G = TypeVar("G", EdgeGate, RowCuts)
 
 
 def carried(weight: Float[Tensor, "source target"], gates: Sequence[EdgeGate]) -> tuple[Tensor, Held]:
@@ -50,7 +76,7 @@ def carried(weight: Float[Tensor, "source target"], gates: Sequence[EdgeGate]) -
 
 
 @contextmanager
-def placed(gates: Mapping[Matrix, EdgeGate], at: Callable[[Matrix], list[EdgeGate]]) -> Iterator[None]:
+def placed(gates: Mapping[Matrix, G], at: Callable[[Matrix], list[G]]) -> Iterator[None]:
     """Inside the block each gate stands last in the list of its matrix, and afterwards in none."""
     lists = [(at(matrix), gate) for matrix, gate in gates.items()]
     for gates_there, gate in lists:

@@ -110,6 +110,29 @@ def sink_attention_reference(
     return (scores - total).exp() @ v
 
 
+class _TakeRows(torch.autograd.Function):
+    """torch sums the gradient of rows that are taken twice one row at a time; this in one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n_rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (index,) = ctx.saved_tensors
+        kernels = _fast(grad) if grad.dtype in (torch.float32, torch.float64) else None
+        if kernels is None or torch.is_grad_enabled():  # second derivatives: an op that autograd can see through
+            return grad.new_zeros(ctx.n_rows, grad.shape[1]).index_add(0, index, grad), None
+        return kernels.sum_rows(grad, index, ctx.n_rows), None
+
+
+def take_rows(x: Float[Tensor, "row width"], index: Int[Tensor, " taken"]) -> Float[Tensor, "taken width"]:
+    """`x[index]`, some rows perhaps several times."""
+    return _TakeRows.apply(x, index)  # pyright: ignore[reportReturnType]
+
+
 def causal_mask(n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, "query key"]:
     """Which key each query may see, when the last query stands at the last key."""
     query = torch.arange(n_key - n_query, n_key, device=device)

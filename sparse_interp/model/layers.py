@@ -22,8 +22,9 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import HeadVectors, Pattern, Resid
 from sparse_interp.model.config import STREAM_SITES, ModelConfig
-from sparse_interp.model.edges import EdgeGate, carried
+from sparse_interp.model.edges import EdgeGate, RowCuts, carried
 from sparse_interp.model.kernels import abs_topk, causal_mask, sink_attention
+from sparse_interp.model.packing import Packing
 
 ForkedResid = Float[Tensor, "batch pos head d_model"]
 Read = Float[Tensor, "batch pos d_read"]
@@ -121,6 +122,7 @@ class Attention(nn.Module):
         self.cut_q, self.cut_k, self.cut_v = (Cut(cfg, site, flat) for site in "qkv")
         self.cut_write = Cut(cfg, "attn_write", d_model)
         self.edge_gates: dict[str, list[EdgeGate]] = {f"W_{letter}": [] for letter in "QKVO"}
+        self.row_cuts: dict[str, list[RowCuts]] = {f"W_{letter}": [] for letter in "QKVO"}
         self.hook_in = HookPoint()  # batch pos d_read
         self.hook_attn_in = HookPoint()  # batch pos head d_model, with use_attn_in
         self.hook_q_input = HookPoint()  # batch pos head d_model, with use_split_qkv_input
@@ -142,18 +144,25 @@ class Attention(nn.Module):
         reads: "dict[str, Read | Float[Tensor, 'batch pos head d_read']]",
         mask: KeyMask | None,
         past: PastKeys | None = None,
-    ) -> Resid:
+        packing: Packing | None = None,
+    ) -> Float[Tensor, "_batch _at d_model"]:
         """`reads` holds what q, k and v read: one tensor for all heads, or one per head.
 
         With `past`, its keys and values stand before those of this run, and these are added to it unless it is frozen.
+        With `packing`, what comes in is packed, and so is what goes out: the ends of prompts where only they are asked.
         """
-        q = self.hook_q(self._project("Q", reads["q"], self.cut_q))
+        alone = packing is not None and packing.ends_alone
+        q = self.hook_q(self._project("Q", packing.at_ends(reads["q"]) if alone else reads["q"], self.cut_q))
         k = self.hook_k(self._project("K", reads["k"], self.cut_k))
         v = self.hook_v(self._project("V", reads["v"], self.cut_v))
         if past is not None:
             k, v = past.append(k, v)
-        z, pattern = self._mix(q, k, v, mask)
-        return self._write(self.hook_z(z), pattern)
+        if packing is None:
+            z, pattern = self._mix(q, k, v, mask)
+        else:
+            z, pattern = self._mix(*packing.by_prompt(q, k, v))
+            z = packing.gathered(z)
+        return self._write(self.hook_z(z), pattern, packing)
 
     def _project(self, letter: str, read: Tensor, cut: Cut) -> HeadVectors:
         weight, bias = getattr(self, f"W_{letter}"), getattr(self, f"b_{letter}")
@@ -166,6 +175,8 @@ class Attention(nn.Module):
             out = read @ matrix
         for baseline, part in held:
             out = out + baseline @ part
+        for each in self.row_cuts[f"W_{letter}"]:
+            out = each.less(out, read - each.baseline, matrix)
         return cut(out + bias.flatten().to(out.dtype)).unflatten(-1, bias.shape)
 
     def _mix(self, q: Queries, k: Keys, v: Keys, mask: KeyMask | None) -> tuple[Queries, Pattern | None]:
@@ -203,11 +214,19 @@ class Attention(nn.Module):
             total = both
         return self.hook_pattern((scores - total).exp())
 
-    def _write(self, z: HeadVectors, pattern: Pattern | None) -> Resid:
+    def _write(
+        self, z: HeadVectors, pattern: Float[Tensor, "_batch head query key"] | None, packing: Packing | None
+    ) -> Float[Tensor, "_batch pos d_model"]:
         weight, held = carried(self.W_O.flatten(0, 1), self.edge_gates["W_O"])
-        sent = [(z, weight), *((self._mixed(baseline, pattern), part) for baseline, part in held)]
+        mixed = [(self._mixed(baseline, pattern), part) for baseline, part in held]
+        if packing is not None:
+            mixed = [(packing.gathered(values), part) for values, part in mixed]
+        sent = [(z, weight), *mixed]
         if not self.cfg.use_attn_result:
             write = sum((mixed.flatten(2) @ part for mixed, part in sent[1:]), z.flatten(2) @ weight)
+            for each in self.row_cuts["W_O"]:
+                assert packing is not None
+                write = each.less(write, (z - packing.gathered(self._mixed(each.baseline, pattern))).flatten(2), weight)
             return self.cut_write(write + self.b_O.to(z.dtype))
         # Per head, what survives of the joint write: AbsTopK acts on the sum, so each head is cut by the sum's mask,
         # and the bias is shared out evenly so that the heads add up to the write exactly.
@@ -250,12 +269,13 @@ class MLP(nn.Module):
         self.act = nn.functional.gelu if cfg.act_fn == "gelu" else nn.functional.relu
         self.cut_neuron, self.cut_write = Cut(cfg, "neuron", cfg.d_mlp), Cut(cfg, "mlp_write", cfg.d_model)
         self.edge_gates: dict[str, list[EdgeGate]] = {"W_in": [], "W_out": []}
+        self.row_cuts: dict[str, list[RowCuts]] = {"W_in": [], "W_out": []}
         self.hook_in = HookPoint()  # batch pos d_read
         self.hook_pre = HookPoint()  # batch pos d_mlp
         self.hook_post = HookPoint()  # batch pos d_mlp
         self.reset_parameters()
 
-    def forward(self, read: Read) -> Resid:
+    def forward(self, read: Read) -> Float[Tensor, "_batch pos d_model"]:
         """What the MLP writes, before `hook_mlp_out`."""
         weight = self.W_in if self.W_in_pos is None else torch.cat([self.W_in, self.W_in_pos])
         pre = self._through("W_in", weight, read)
@@ -266,7 +286,10 @@ class MLP(nn.Module):
 
     def _through(self, name: str, weight: Tensor, source: Float[Tensor, "batch pos source"]) -> Tensor:
         weight, held = carried(weight, self.edge_gates[name])
-        return sum((baseline @ part for baseline, part in held), source @ weight)
+        out = sum((baseline @ part for baseline, part in held), source @ weight)
+        for each in self.row_cuts[name]:
+            out = each.less(out, source - each.baseline, weight)
+        return out
 
     def reset_parameters(self) -> None:
         """Normal weights where they are not zero, zero biases; the write is scaled down with depth."""
@@ -326,17 +349,22 @@ class Block(nn.Module):
     def forward(
         self,
         resid: Resid,
-        pos: Float[Tensor, "batch pos d_pos"] | None,
+        pos: Float[Tensor, "#batch pos d_pos"] | None,
         mask: KeyMask | None,
         past: PastKeys | None = None,
-    ) -> Resid:
+        packing: Packing | None = None,
+    ) -> Float[Tensor, "_batch _at d_model"]:
         """The stream after the block.
 
-        `pos` are concatenated positions; `mask` is False where a key is padding; `past` holds keys of earlier runs.
+        `pos` are concatenated positions; `mask` is False where a key is padding; `past` holds keys of earlier runs;
+        `packing` says how the stream is packed.
         """
         # cloned, because the block before still holds this tensor as its resid_post
         resid = self.hook_resid_pre(self.cut_pre(resid.clone()))
-        resid = resid + self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask, past))
+        out = self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask, past, packing))
+        if packing is not None and packing.ends_alone:
+            resid, pos = packing.at_ends(resid), None if pos is None else packing.at_ends(pos)
+        resid = resid + out
         resid = self.hook_resid_mid(self.cut_mid(self._activate(resid)))
         mlp_in = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
         read = self.mlp.hook_in(self.cut_mlp_read(self._with_pos(self.ln2(mlp_in), pos, "ln2_pos")))

@@ -23,11 +23,12 @@ from sparse_interp.axes import Logits, Resid, Tokens
 from sparse_interp.errors import ConfigError, TokenizerError
 from sparse_interp.model.checkpoint import ModelFiles
 from sparse_interp.model.config import ModelConfig
-from sparse_interp.model.edges import EdgeGate, Matrix, placed
+from sparse_interp.model.edges import EdgeGate, Matrix, RowCuts, placed
 from sparse_interp.model.generation import Generation
 from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
 from sparse_interp.model.loading import Loading
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.surface import TransformerLensSurface
 
 
@@ -93,7 +94,7 @@ class Unembed(nn.Module):
             return self.tied_to[0].W_E.T
         return super().__getattr__(name)
 
-    def forward(self, read: Resid) -> Logits:
+    def forward(self, read: Resid) -> Float[Tensor, "_batch pos d_vocab"]:
         """Logits without the bigram table, float32 at least."""
         logits = self.hook_in(read) @ self.W_U
         return logits.float() + self.b_U if logits.dtype in (torch.bfloat16, torch.float16) else logits + self.b_U
@@ -232,6 +233,40 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
+    # -- packed prompts -----------------------------------------------------------------------------------------------
+
+    @property
+    def packable(self) -> bool:
+        """Whether packed prompts give what they give one by one: nothing tells them apart but the tokens before."""
+        parts = [part for block in self.layers for part in (block.attn, block.mlp)]
+        gates = [gate for part in parts for gates in part.edge_gates.values() for gate in gates]
+        forked = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
+        alike = self.cfg.attention_dir == "causal" and all(gate.baseline.ndim == 1 for gate in gates)
+        return alike and not forked and not heard(*self.hook_dict.values())
+
+    def packed_stream(
+        self, packing: Packing, stop: int, resid: Float[Tensor, "row n d_model"] | None = None, start: int = 0
+    ) -> Float[Tensor, "_row _at d_model"]:
+        """The stream that enters block `stop`, or after the last block that of the prompts' ends.
+
+        With `resid`, the stream that enters block `start`, the blocks before are not run.
+        """
+        resid = self.input_to_embed(packing.tokens, packing.positions) if resid is None else resid
+        pos = None if self.cfg.positions != "concat" else self.hook_pos_cat(self.pos_embed(packing.positions))
+        for layer, block in self._blocks_between(start, stop).items():
+            here = packing.of_last_block if layer == self.cfg.n_layers - 1 else packing
+            resid = block(resid, pos, None, packing=here)
+        return resid
+
+    def packed_logits(self, packing: Packing, ends: Float[Tensor, "row prompt d_model"]) -> Logits:
+        """Logits [row prompt d_vocab] from the stream of the prompts' ends after the last block."""
+        return self._logits(ends, packing.last_tokens.expand(len(ends), -1))
+
+    def cutting_rows(self, matrix: Matrix, cuts: RowCuts) -> AbstractContextManager[None]:
+        """A block inside which each row of a packed run has an edge of its own cut."""
+        part, _, name = matrix.name.partition(".")
+        return placed({matrix: cuts}, lambda matrix: getattr(self.layers[matrix.layer], part).row_cuts[name])
+
     def gated_edges(self, gates: Mapping[Matrix, EdgeGate]) -> AbstractContextManager[None]:
         """A block inside which edges carry the share of their source that `gates` say, and else its baseline."""
         return placed(gates, self._gates_of)
@@ -319,7 +354,7 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
             return embedded
         return embedded + self.hook_pos_embed(self.pos_embed(positions))
 
-    def _logits(self, resid: Resid, tokens: Tokens | None) -> Logits:
+    def _logits(self, resid: Resid, tokens: Tokens | None) -> Float[Tensor, "_batch pos d_vocab"]:
         logits = self.unembed(self.ln_final(resid))
         if self.cfg.bigram:
             if tokens is None:

@@ -10,8 +10,9 @@ from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import less
 from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.interventions.baselines import Counterfactual, mean_activations, position_means, zero_values
+from sparse_interp.interventions.edges import edges_among, row_values
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix
+from sparse_interp.interventions.selection import EdgeCut, Fit, Selection, smallest_prefix
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, masks
 
@@ -119,3 +120,25 @@ def test_the_reference_is_the_model_itself(truth, pairs):
     selection = Selection(truth.model, pairs, zero_values(truth.model))
     assert torch.equal(selection.reference, all_answer_logits(truth.model, both_sides(pairs)))
     assert selection.ablation == "full, zero" and selection.under(zero_values(truth.model)).ablation == "full, zero"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_candidates_that_run_together_are_what_they_are_one_by_one(truth, pairs, frozen):
+    """Nodes of every place, edges of every matrix; a list runs in groups, an iterator one by one."""
+    model, means = truth.model, mean_activations(truth.model, pairs.clean)
+    selection, kept = Selection(model, pairs, means, frozen_norms=frozen), everything(model)
+    rows, without = row_values(model, means), {}
+    for place, mask in kept.items():
+        nodes = [Node(*place, channel) for channel in range(len(mask))]
+        without.setdefault(place.layer, []).extend(less(kept, [node]) for node in nodes)
+    for matrix, mask in edges_among(model, kept).items():
+        cuts = mask.nonzero()[:3].tolist()
+        without[matrix.layer] += [EdgeCut(matrix, tuple(mask.shape), *cut, rows[matrix]) for cut in cuts]
+    together = torch.stack(list(selection.divergences(kept, without)))
+    alone = torch.stack(list(selection.divergences(kept, {layer: iter(each) for layer, each in without.items()})))
+    assert len(together) > 60
+    assert together.std(0).max() > 1e-2
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    with truth.model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)]):  # somebody listens: nothing is packed
+        unpacked = torch.stack(list(selection.divergences(kept, without)))
+    torch.testing.assert_close(together, unpacked, atol=1e-5, rtol=1e-4)
