@@ -73,6 +73,11 @@ class Gates(ABC):
         like: a tensor whose dtype and device the gates take.
     """
 
+    model: HookedModel
+    baseline: Baseline
+    n_pos: int | None = None
+    """The length of all prompts, where gates are those of positions."""
+
     def __init__(
         self,
         sizes: Mapping[Hashable, int],
@@ -92,10 +97,6 @@ class Gates(ABC):
         return torch.cat(
             [config.tau_init + 0.01 * torch.randn(size, generator=generator) for size in self.sizes.values()]
         )
-
-    model: HookedModel
-    baseline: Baseline
-    n_pos: int | None = None
 
     def packing(self, of_masks: Sequence[TaskBatch]) -> Packing | None:
         """The prompts of each mask packed into a row, where what gates do is the same for all prompts and positions."""
