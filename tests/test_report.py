@@ -41,4 +41,4 @@ def test_prompts_on_which_it_should_fail_stand_beside_what_came_of_them(told):
 def test_no_token_of_a_prompt_opens_a_tag_or_a_span_and_every_part_has_its_title(told):
     text, _, _ = told
     assert "<" not in text.replace("\\<", "") and "`" not in text.partition("```sh")[0].replace("\\`", "")
-    assert text.count("\n## ") == 7
+    assert text.count("\n## ") == 8

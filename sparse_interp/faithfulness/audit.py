@@ -42,6 +42,7 @@ from sparse_interp.faithfulness.audit_table import (
 from sparse_interp.faithfulness.controls import has_room, random_circuits
 from sparse_interp.faithfulness.gap import add_searches
 from sparse_interp.faithfulness.rows import LEVELS, add_tests
+from sparse_interp.faithfulness.scrubbing import Hypothesis
 from sparse_interp.faithfulness.sheet import Sheet
 from sparse_interp.faithfulness.thresholds import FOUR, GAP, Thresholds
 from sparse_interp.interventions.prune_config import PruneConfig
@@ -59,6 +60,7 @@ def audit(
     level: str = "quick",
     n_prompts: int = 512,
     n_random: int = 10,
+    hypothesis: Hypothesis | None = None,
     config: PruneConfig | None = None,
     n_rivals: int = 2,
     folder: Path | str | None = None,
@@ -76,6 +78,7 @@ def audit(
         level: "quick" prunes nothing anew; "full" searches for controls as the circuit was searched for.
         n_prompts: prompts per split, both sides of half as many pairs (fewer if a list of pairs has fewer).
         n_random: random circuits on the test split; a third of them also on the shifted split.
+        hypothesis: what nodes of the circuit are said to mean, for causal scrubbing: {node: function of the prompt}.
         config: how to search for controls, where the circuit does not say how it was found; None takes its own.
         n_rivals: searches from other seeds.
         folder: where searches for controls are kept as they end, and looked for first; None keeps none.
@@ -106,7 +109,7 @@ def audit(
                 why = f"the task has no {split} split"
                 rows.append(not_run(GAP, "every measure", "circuit", split, why, decides=decides))
                 continue
-            sheet = Sheet(model, circuit, split, pairs[split], bounds, generator)
+            sheet = Sheet(model, circuit, split, pairs[split], bounds, generator, hypothesis)
             bar.update(4)
             sheet.add_circuit()
             sheet.add_random(_share(drawn, split), n_random, bar)

@@ -92,7 +92,7 @@ def _add_control(sheet: Sheet, control: Control, found: Found, n_prompts: int) -
     sheet.add(GAP, SIZE, f"{control.name} / circuit", count(ratio), unit, metric, judged, note=note, on=on, **given)
     record = {"control": control.name, "unit": unit, "circuit": n, "found": found.size, "all": found.n_all}
     record |= {"kl_of_all_nats": found.kl_of_all, "seconds": found.seconds, "seed": control.seed}
-    if not found.at_size:
+    if control.edges:
         why = "a search for edges keeps no ranking to take as many of"
         sheet.rows.append(not_run(GAP, "at equal size", control.name, sheet.split, why))
         return record

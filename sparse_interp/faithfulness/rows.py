@@ -8,14 +8,17 @@ from collections.abc import Callable
 from math import nan
 from typing import NamedTuple
 
-from sparse_interp.errors import SparseInterpError
+from sparse_interp.errors import ConfigError, SparseInterpError
 from sparse_interp.faithfulness.audit_table import not_run
 from sparse_interp.faithfulness.completeness import completeness
 from sparse_interp.faithfulness.curves import size_curve
+from sparse_interp.faithfulness.exchange import exchange_between_prompts, exchange_between_runs
 from sparse_interp.faithfulness.inside import agreement_inside
 from sparse_interp.faithfulness.minimality import minimality
 from sparse_interp.faithfulness.partial import partial_ablation
+from sparse_interp.faithfulness.robustness import robustness_grid
 from sparse_interp.faithfulness.scores import groups_of, some_pairs
+from sparse_interp.faithfulness.scrubbing import scrub
 from sparse_interp.faithfulness.sheet import ABOVE_FOIL, ANSWER_OR_FOIL, KL, VOCABULARY, Sheet
 from sparse_interp.faithfulness.thresholds import MINIMAL, WORST
 from sparse_interp.interventions.answers import both_sides
@@ -26,6 +29,8 @@ QUICK, FULL = "quick", "full"
 
 LEVELS = (QUICK, FULL)
 """How much an audit does. `quick` prunes nothing anew."""
+
+INTERCHANGE = "interchange"
 
 ATTACKED = 32
 """Pairs on which an adversary looks for the worst share of the outside: every step of it is a run with gradients."""
@@ -122,6 +127,37 @@ def _inside(sheet: Sheet) -> None:
     sheet.add(about, "queries that lost what they look for", "circuit", table.evened, "share", lost)
 
 
+def _between_prompts(sheet: Sheet) -> None:
+    table = exchange_between_prompts(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator)
+    sheet.details["exchange between prompts"] = table.frame
+    given = {
+        "on": (int(table.frame.n_prompts.max()), None),
+        "baseline": "the pair's other prompt",
+        "scheme": "one node",
+    }
+    given["direction"] = "noising, in the circuit and in the model"
+    metric = "change of the logit difference, over nodes and prompts"
+    found = {"correlation": table.correlation, "same sign": table.same_sign, "size beside the model's": table.size}
+    for name, value in found.items():
+        unit = "Pearson r" if name == "correlation" else "share"
+        sheet.add(INTERCHANGE, f"effects between prompts: {name}", "circuit, model", value, unit, metric, **given)
+
+
+def _between_runs(sheet: Sheet) -> None:
+    table = exchange_between_runs(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator)
+    sheet.details["exchange between runs"] = table.frame
+    on = (int(table.frame.n_prompts.max()), None)
+    ways = {
+        "circuit": ("the model's value in the circuit", table.circuit_kl, table.circuit_loss),
+        "model": ("the circuit's value in the model", table.model_kl, table.model_loss),
+    }
+    for name, (what, kl, loss) in ways.items():
+        given = {"on": on, "baseline": "the other run", "scheme": "one node", "direction": what}
+        sheet.add(INTERCHANGE, "change of KL, mean over nodes", f"{name}, one node", kl, "nats", VOCABULARY, **given)
+        change = "change of task loss, mean over nodes", f"{name}, one node", loss, "nats", ANSWER_OR_FOIL
+        sheet.add(INTERCHANGE, *change, **given)
+
+
 def _completeness(sheet: Sheet) -> None:
     table = completeness(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator, progress=False)
     sheet.details["completeness"] = table.frame
@@ -141,6 +177,31 @@ def _curve(sheet: Sheet) -> None:
     metric = "mean logit difference between nothing and model; trapezoids over the share of nodes"
     for name, area in {"CPR": table.cpr, "CMD": table.cmd}.items():
         sheet.add("sizes", name, "circuits of 0.1 to 100 % of the nodes", area, "area", metric, on=on)
+
+
+def _robustness(sheet: Sheet) -> None:
+    grid = robustness_grid(sheet.model, sheet.circuit, sheet.pairs, generator=sheet.generator, progress=False)
+    sheet.details["robustness"] = grid.frame
+    n_ways = len(grid.frame[["baseline", "positions"]].drop_duplicates())
+    for row in grid.spread.frame.itertuples():
+        far = row.unit == "nats"  # of divergences and losses the highest is the worst, of shares the lowest
+        found = grid.highest(row.metric) if far else count(row.lowest)
+        note = f"{row.lowest:.3g} to {row.highest:.3g} over {n_ways} ways; {row.own:.3g} by the circuit's own"
+        given = {"on": (grid.n_prompts, None), "baseline": f"the worst of {n_ways}", "note": note}
+        measure = f"{'highest' if far else 'lowest'} {row.metric}"
+        sheet.add("robustness", measure, "circuit", found, row.unit, row.metric, **given)
+
+
+def _scrubbing(sheet: Sheet) -> None:
+    if not sheet.hypothesis:
+        raise ConfigError("no hypothesis was given; pass {node: function of the prompt} to put one to the test")
+    pairs, on = _some(sheet, CURVED)
+    how = {"generator": sheet.generator, "progress": False}
+    table = scrub(sheet.model, sheet.circuit, sheet.hypothesis, pairs, **how)
+    sheet.details["scrubbing"], sheet.details["claims"] = table.frame, table.nodes.frame
+    given = {"on": on, "baseline": "values of other prompts", "scheme": "resampled by meaning"}
+    metric = f"task loss beside that of shuffled prompts, {table.n_draws} draws"
+    sheet.add("hypothesis", "loss recovered", "circuit", table.recovered, "share", metric, **given)
 
 
 def count(value: float) -> Interval:
@@ -173,6 +234,22 @@ TESTS: tuple[Test, ...] = (
         _inside,
     ),
     Test(
+        INTERCHANGE,
+        "effects between prompts",
+        "circuit, model",
+        "each kept node exchanged between prompts",
+        _between_prompts,
+        level=FULL,
+    ),
+    Test(
+        INTERCHANGE,
+        "change of KL",
+        "one node",
+        "each kept node's value exchanged between circuit and model",
+        _between_runs,
+        level=FULL,
+    ),
+    Test(
         "sizes", "CPR and CMD", "circuits of all sizes", "the first nodes of the circuit's ranking at ten sizes", _curve
     ),
     Test(
@@ -183,5 +260,14 @@ TESTS: tuple[Test, ...] = (
         _completeness,
         level=FULL,
     ),
+    Test(
+        "robustness",
+        "spread of scores",
+        "circuit",
+        "the circuit's scores by every baseline, at all positions and at some",
+        _robustness,
+        level=FULL,
+    ),
+    Test("hypothesis", "loss recovered", "circuit", "causal scrubbing of what nodes are said to mean", _scrubbing),
 )
 """In the order of the table."""

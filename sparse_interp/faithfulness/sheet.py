@@ -19,6 +19,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.audit_table import DECIDING, RANDOM, not_run
 from sparse_interp.faithfulness.controls import overlap
 from sparse_interp.faithfulness.scores import CircuitScores, PromptScores, mean_of, score_circuit, score_control
+from sparse_interp.faithfulness.scrubbing import Hypothesis
 from sparse_interp.faithfulness.thresholds import AGREEMENT, GAP, Judged, Thresholds
 from sparse_interp.model.dense import HookedModel
 from sparse_interp.results import Interval
@@ -55,6 +56,7 @@ class Sheet:
         pairs: the prompts, both sides of which are used.
         thresholds: the bounds.
         generator: draws intervals, and whatever tests draw.
+        hypothesis: what nodes are said to mean, if anything.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Sheet:
         pairs: TaskBatch,
         thresholds: Thresholds,
         generator: torch.Generator,
+        hypothesis: Hypothesis | None = None,
     ):
         self.model, self.circuit, self.split, self.pairs = model, circuit, split, pairs
-        self.bounds, self.generator = thresholds, generator
+        self.bounds, self.generator, self.hypothesis = thresholds, generator, hypothesis
         self.scores: CircuitScores = score_circuit(model, circuit, pairs)
         self.rows: list[dict[str, Any]] = []
         self.details: dict[str, pd.DataFrame] = {}

@@ -281,6 +281,17 @@ def test_a_test_that_cannot_be_run_is_a_row_with_the_reason(monkeypatch):
     assert row(table, "slow", "circuit").note == "not run: partial ablation; a quick audit leaves it out"
 
 
+def test_a_hypothesis_is_put_to_the_test_if_there_is_one():
+    assert "no hypothesis was given" in row(audit_of("quote", "key"), "loss recovered", "circuit").note
+    truth, means = hand_built("quote")
+    claims = {node: lambda prompt: '"' in prompt.text for node in truth.nodes if node.layer == 1 and node.site == "v"}
+    table = quick(truth.model, circuit_of(truth, means, truth.nodes), truth.task, hypothesis=claims)
+    found = row(table, "loss recovered", "circuit")
+    by_condition = table.details["scrubbing"].set_index("condition").loss_recovered
+    assert found.value == by_condition["scrubbed"] and found.scheme == "resampled by meaning" and not found.decides
+    assert len(table.details["claims"]) == len(claims)
+
+
 def test_an_audit_without_random_circuits_is_incomplete():
     truth, means = hand_built("quote")
     table = quick(truth.model, circuit_of(truth, means, truth.nodes), truth.task, n_random=0)

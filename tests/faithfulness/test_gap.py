@@ -63,6 +63,15 @@ def test_the_key_is_told_from_nonsense_and_from_a_random_network(of_key):
     assert list(searches.control) == list(CONTROLS) and searches.found.isna().all() and (searches.seed == 3).all()
 
 
+def test_a_full_audit_leaves_out_nothing_but_what_nobody_asked_for(of_key):
+    table = of_key[0]
+    absent = table.frame[table.frame.note.str.startswith("not run")]
+    assert absent.about.tolist() == ["hypothesis"]
+    about = {"completeness", "robustness", "sizes", "agreement inside", "sufficiency", "necessity"}
+    assert about <= set(table.frame[~table.frame.decides].about)
+    assert {"completeness", "robustness", "sizes", "minimality", "partial ablation"} <= table.details.keys()
+
+
 def test_rivals_from_other_seeds_inform(of_key):
     table = of_key[0]
     rival = table.details["rivals"].iloc[0]
