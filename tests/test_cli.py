@@ -305,6 +305,17 @@ def test_a_circuit_is_exported_without_its_model(command, circuit_file, tmp_path
     assert (tmp_path / "there").read_text() == text
 
 
+def test_known_circuits_are_looked_for_and_what_was_found_is_drawn(command, tmp_path):
+    given = ("groundtruth", "--method", "eap", "--out", tmp_path, "--processes", 1)
+    code, out, _ = command(*given, "--case", "attention_copy", "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and row["method"] == "eap" and row["edges_exact"] == 1 and 0.8 < row["edge_auc"] < 1
+    assert len(pd.read_csv(tmp_path / "board.csv")) == len(pd.read_csv(tmp_path / "methods.csv")) == 1
+    assert (tmp_path / "board.png").stat().st_size > 5000 and len(list((tmp_path / "cells").iterdir())) == 1
+    code, out, err = command(*given, "--case", "attention_coppy", "--board", "full")
+    assert code == 2 and "no case 'attention_coppy'; did you mean 'attention_copy'" in err and not out
+
+
 def test_a_format_that_nobody_reads_is_refused(command, circuit_file):
     code, _, err = command("export", circuit_file, "--format", "gml")
     assert code == 2 and "--format gml; choose one of graphml, json, dot, mib." in err
