@@ -85,6 +85,10 @@ from sparse_interp.faithfulness.thresholds import Thresholds as Thresholds
 from sparse_interp.faithfulness.audit_table import AuditTable as AuditTable
 from sparse_interp.faithfulness.audit import audit as audit
 from sparse_interp.faithfulness.adversarial import adversarial_inputs as adversarial_inputs
+from sparse_interp.faithfulness.inside import agreement_inside as agreement_inside
+from sparse_interp.faithfulness.exchange import exchange_between_prompts as exchange_between_prompts
+from sparse_interp.faithfulness.exchange import exchange_between_runs as exchange_between_runs
+from sparse_interp.faithfulness.partial import partial_ablation as partial_ablation
 from sparse_interp.faithfulness.scrubbing import scrub as scrub
 from sparse_interp.faithfulness.recover import recover as recover
 from sparse_interp.tokens import TokenView as TokenView
