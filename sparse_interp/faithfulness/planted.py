@@ -53,6 +53,10 @@ class PlantConfig:
     n_decoys: int = 2
     """Free heads, in every layer of the hidden model, that are copies of heads of its key but for where they write."""
 
+    n_opposed: int = 0
+    """Pairs of free heads, in every layer of the hidden model, that do at half its size what a head of its key does,
+    one as it is and one with the other sign: together nothing; the first alone, with the other held, is enough."""
+
     dead_frac: float = 0.1
     """Share of free neurons that never fire and have a large weight to a channel that the hidden model writes."""
 
@@ -66,7 +70,7 @@ class PlantConfig:
         for name in ("density", "dead_frac"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected a share above 0 and at most 1.")
-        for name in ("n_decoys", "strength", "noise"):
+        for name in ("n_decoys", "n_opposed", "strength", "noise"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 0 or more.")
 
@@ -116,7 +120,8 @@ N_CHECKED = 16
 
 
 def _check_room(cfg: ModelConfig, config: PlantConfig) -> None:
-    needed = {"n_layers": cfg.n_layers, "d_model": cfg.d_model + 1, "n_heads": cfg.n_heads + config.n_decoys}
+    n_heads = cfg.n_heads + config.n_decoys + 2 * config.n_opposed
+    needed = {"n_layers": cfg.n_layers, "d_model": cfg.d_model + 1, "n_heads": n_heads}
     needed["d_mlp"] = int(cfg.d_mlp or 0)
     for name, least in needed.items():
         if getattr(config, name) < least:
@@ -193,6 +198,9 @@ def _fill(
         _kill(host.layers[layer].mlp, neurons[:n_dead], _key_writes(truth, where), generator)
         if config.noise and own is not None:
             _let_in(host.layers[layer], where, own, free, config.noise, draw)
+        if config.n_opposed and own is not None:
+            pairs = heads[config.n_decoys : config.n_decoys + 2 * config.n_opposed].view(-1, 2)
+            _make_opposed(host.layers[layer].attn, true, pairs, where.stream, generator)
 
 
 def _readable(where: Places, truth: GroundTruth, d_model: int) -> Tensor:
@@ -233,6 +241,23 @@ def _make_decoys(attn, heads: Tensor, decoys: Tensor, stream: Tensor, free: Tens
     for decoy, head, target in zip(decoys.tolist(), copied.tolist(), targets, strict=True):
         attn.W_O[decoy] = 0
         attn.W_O[decoy].index_add_(1, target, attn.W_O[head][:, stream])
+
+
+HALF = 0.5
+"""Size of an opposed head beside the one that it copies: with its twin held it is enough, and it takes away less than
+what is there where its twin alone is held."""
+
+
+def _make_opposed(attn, heads: Tensor, pairs: Tensor, stream: Tensor, generator: torch.Generator) -> None:
+    """Pairs of free heads that do what some of `heads` do, write it where these do, and cancel each other."""
+    copied = heads[torch.randint(len(heads), (len(pairs),), generator=generator)]
+    for name, p in attn.named_parameters():
+        if name not in ("W_O", "b_O"):
+            p[pairs] = p[copied][:, None]
+    for head, (one, other) in zip(copied.tolist(), pairs.tolist(), strict=True):
+        attn.W_O[one] = 0
+        attn.W_O[one][:, stream] = HALF * attn.W_O[head][:, stream]
+        attn.W_O[other] = -attn.W_O[one]
 
 
 def _fill_neurons(mlp, neurons: Tensor, readable: Tensor, free: Tensor, config: PlantConfig, draw: _Sparse) -> None:

@@ -6,16 +6,19 @@
     sizes         small 3 layers x 48 channels, medium 4 x 64, large 6 x 128
     densities     of the free heads and neurons: 0.1 as a rule; 0.02, 0.5, and 1 (a dense host)
     noise         none as a rule; 0.003 and 0.01: small weights from the free parts into the algorithm and the logits
+    opposed       in each layer two heads that cancel, of which one, with the other held, stands in for a head of the
+                  key: a circuit that only partial ablation tells from the true one
 
 Every case is drawn from a generator that is seeded with its name, so that it is the same on every board, and every key
 is measured when its case is built (planted.py). `default` has each hand-built algorithm once, each way of putting them
-together once, and each size, density and noise at least once; `full` has all algorithms in all hosts.
+together once, and each size, density and noise at least once; `full` has all algorithms in all hosts, opposed ones too.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,20 +35,21 @@ HOSTS = {
 }
 """Sizes, at a density of 0.1 and without noise."""
 
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "sparser": {"density": 0.02},
     "denser": {"density": 0.5},
     "dense": {"density": 1.0},
     "noise0.003": {"noise": 0.003},
     "noise0.01": {"noise": 0.01},
+    "opposed": {"n_opposed": 1, "n_heads": 12},
 }
 """What may be other than usual."""
 
 JOINED = {"quote_and_distractor": ("quote", "distractor"), "quote_and_two_copies": ("quote", "two_copies")}
 """Algorithms that an answer needs both of."""
 
-COPIED = {"quote_x2": ("quote", 2), "bracket_depth_x2": ("bracket_depth", 2), "distractor_x3": ("distractor", 3)}
+COPIED = {"quote_x2": ("quote", 2), "distractor_x2": ("distractor", 2), "bracket_depth_x3": ("bracket_depth", 3)}
 """Algorithms that are there several times, each of which is enough."""
 
 DEFAULT = (
@@ -125,7 +129,7 @@ def _all_cases() -> list[PlantedCase]:
     """Every algorithm in every host; the larger hosts at their usual density, and noise in the small one."""
     within = {
         "small": ("", "dense", "denser", "noise0.003", "noise0.01"),
-        "medium": ("", "sparser", "dense"),
+        "medium": ("", "sparser", "dense", "opposed"),
         "large": ("", "sparser"),
     }
     return [
