@@ -611,6 +611,8 @@ def chosen(settings: pd.DataFrame, beside: pd.DataFrame) -> str:
     share = bundled.gap_enough / bundled.twins
     left = [name for name in tried if name not in lost and name in worse]
     left = [name for name in left if share[name] == max(share[other] for other in left)]
+    if not tried:
+        return "No setting was tried on known circuits, solved tasks and nonsense yet, so none wins."
     if not left:
         return f"None of {len(tried)} settings finds every known circuit, so none wins."
     best = min(left, key=lambda name: worse[name])

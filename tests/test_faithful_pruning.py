@@ -235,13 +235,14 @@ def test_a_setting_that_found_nothing_is_compared_with_nothing(study, two_settin
 def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
     frame["setting"] = study.DEFAULT
     both = pd.concat([frame, two_settings[two_settings.setting != study.DEFAULT]])
-    *sentences, _ = study.said(study.by_setting(both), study.gaps(both), study.beside_default(both))
+    *sentences, last = study.said(study.by_setting(both), study.gaps(both), study.beside_default(both))
     assert sentences == [
         "Searched for agreement, nonsense has a circuit in 1 of 2 bundled cases, of 2 to 2 times the nodes of the real "
         "ones; that it takes at least 5 times the nodes or has none holds in 1 of 2.",
         "On held-out prompts circuits searched for agreement have a task loss +0 nats from their models', mean of 3 "
         "bundled tasks; 0 of them are better than their model.",
     ]
+    assert last == "No setting was tried on known circuits, solved tasks and nonsense yet, so none wins."
     known = two_settings.assign(kind="planted", seed=3, key_f1=1.0, key_exact=[True] * 5 + [False])
     *sentences, _ = study.said(study.by_setting(known), study.gaps(known), study.beside_default(known))
     assert sentences == [
