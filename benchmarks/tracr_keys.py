@@ -4,7 +4,8 @@
 
 Each key is what is left when everything is held or cut that can be (`measured_key`), on pairs of the train split. It is
 written if it stands on the test split too, within 2 TOLERANCE of the model. A program whose key does not has parts that
-matter on prompts that train hardly has; it is named, and has no key. Programs that the file has are passed over, so
+matter on prompts that train hardly has; it is named, and has no key, as one has none whose answer at the last place no
+letter changes. Programs that the file has are passed over, so
 that the command may be stopped and started again.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sparse_interp.errors import TaskError
 from sparse_interp.faithfulness.answer_key import GroundTruth
 from sparse_interp.faithfulness.ground_truth import key_kl, measured_key
 from sparse_interp.faithfulness.tracr import (
@@ -58,7 +60,11 @@ def main() -> None:
     size = {name: len(tracr_program(name).channels) * tracr_program(name).n_layers for name in tracr_programs()}
     waiting = sorted(set(size) - set(found), key=lambda name: (name not in DEFAULT, size[name], name))
     for name in tqdm(waiting):
-        found[name] = measured(name)
+        try:
+            found[name] = measured(name)
+        except TaskError as error:  # a program without a task
+            tqdm.write(str(error))
+            found[name] = {"kl": None, "clear": False}
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found[name])}" for name in size if name in found)
         unfinished = PATH.with_suffix(".partial")
         unfinished.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

@@ -138,12 +138,17 @@ def tracr_task(program: Program) -> Task:
 
     A word is of one split. `shifted` has the longest words alone; answers are as evenly spread as words allow. A word
     with its twins counts as one template.
+
+    Raises:
+        TaskError: if no letter changes what is answered there, as with the length of the word.
     """
     found: dict[tuple[str, int], list[tuple[tuple[str, ...], str]]] = {}
     for word, said in tracr_answers(program):
         if len(word) > program.longest - N_LENGTHS and said[-1] is not None:
             found.setdefault((_split(word, program.longest), len(word)), []).append((word, said[-1]))
     rows = [row for (split, _), words in sorted(found.items()) for row in _pairs(program, split, words)]
+    if {row["split"] for row in rows} != set(SPLITS):
+        raise TaskError(f"No letter changes what {program.name!r} answers at the last place, or hardly any; no pairs.")
     return Task.from_pairs(pd.DataFrame(rows), _tokenizer(program), name=program.name)
 
 
@@ -257,7 +262,10 @@ def tracr_truth(name: str) -> GroundTruth:
     """
     program = tracr_program(name)
     if name not in _keys():
-        raise TaskError(f"The Tracr program {name!r} has parts that next to no answer depends on, and so no clear key.")
+        raise TaskError(
+            f"The Tracr program {name!r} has no answer key: what its train split needs is not all that its test split "
+            "needs. tracr_model and tracr_task have the program without one."
+        )
     key = _keys()[name]
     return GroundTruth(
         name=f"tracr-{name}",
