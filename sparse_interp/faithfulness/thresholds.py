@@ -15,7 +15,7 @@ Where the numbers come from: definitions, and models whose circuits are known; n
 - `worst_kl_nats`, `worst_loss_gap_nats`: with all of the outside left the circuit is the model, with none it may be
   `max_kl_nats` away; in between it should be no further than twice that, and in task loss than three times. Of the
   keys of the nine hand-built models, as they are and planted without noise, all are within 1e-4 at their worst;
-  Of 18 such keys less one node, none is nearer than 0.19 in either. Noise makes keys approximate: planted with noise
+  of 18 such keys less one node, none is nearer than 0.19 in either. Noise makes keys approximate: planted with noise
   0.05, five of them are within 0.36 in KL and 0.11 in task loss at their worst, but for bracket_depth (0.24), which
   the bound fails.
 - `size_ratio`: nonsense that was found with three times the nodes of the real task is the published case of an
