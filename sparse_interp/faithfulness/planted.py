@@ -55,7 +55,7 @@ class PlantConfig:
 
     n_opposed: int = 0
     """Pairs of free heads, in every layer of the hidden model, that do at half its size what a head of its key does,
-    one as it is and one with the other sign: together nothing; the first alone, with the other held, is enough."""
+    one as it is and one with the other sign: together nothing; the first alone, the other held, does the task."""
 
     dead_frac: float = 0.1
     """Share of free neurons that never fire and have a large weight to a channel that the hidden model writes."""

@@ -15,6 +15,7 @@ from sparse_interp.faithfulness.ground_truth import (
     ground_truth,
     key_effects,
     logits_of,
+    nodes_outside,
     spread,
 )
 from sparse_interp.faithfulness.planted import DEAD_BIAS, TOLERANCE_NATS, PlantConfig, planted
@@ -22,7 +23,7 @@ from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import WIRES, Node
-from sparse_interp.tasks.task import is_correct, kl_divergence
+from sparse_interp.tasks.task import answer_loss, is_correct, kl_divergence
 
 SMALL = PlantConfig(n_layers=3, d_model=32, n_heads=6, d_mlp=20, density=0.2)
 built = {}
@@ -149,3 +150,23 @@ def test_the_generator_decides_where_a_model_is_hidden():
         assert torch.equal(a, b)
     assert same[0].nodes == same[1].nodes
     assert hidden("quote", seed=1).nodes != same[0].nodes
+
+
+def test_of_two_opposed_heads_one_is_enough_with_the_other_held_and_both_are_nothing(generator):
+    host = hidden("attention_copy", replace(SMALL, n_opposed=1))
+    batch, means = measured(host, generator)
+    cfg, layer = host.model.cfg, next(node.layer for node in host.nodes if node.site == "v")
+    (true,) = {node.channel // cfg.d_head for node in host.nodes if node.site == "v"}
+    out = host.model.layers[layer].attn.W_O.detach()
+    half, against = (next(h for h in range(cfg.n_heads) if torch.equal(out[h], c * out[true])) for c in (0.5, -0.5))
+    outside = nodes_outside(host, host.keys[0])
+
+    def moved(node, head):
+        in_head = node.site in ("k", "v")
+        return node._replace(channel=node.channel + (head - true) * cfg.d_head) if in_head else node
+
+    for kept, extra, enough in ((half, [], True), (half, [against], False), (true, [half, against], True)):
+        keys = [{moved(node, head) for node in host.nodes} for head in (kept, *extra)]
+        with ablate(host.model, {*outside, *host.nodes} - set().union(*keys), means):
+            loss = answer_loss(logits_of(host.model, batch), batch).mean()
+        assert loss < 0.05 if enough else loss > 0.5, (kept, extra)
