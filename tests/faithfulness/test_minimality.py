@@ -127,7 +127,8 @@ def test_effects_are_those_of_whole_runs_prompt_by_prompt(generator):
     pairs = truth.task.batch(3, "test", generator=generator)
     nodes = sorted({*truth.nodes, *drawn_outside(truth, 40, generator)})
     edges = sorted(edges_among(truth.model, nodes))
-    left = [edge for i, edge in enumerate(edges) if i % 3 or edge in truth.edges]
+    lost = (Node(0, "mlp_read", truth.channels.index("single")), Node(0, "neuron", 2))  # a part of the answer
+    left = [edge for i, edge in enumerate(edges) if edge != lost and (i % 3 or edge in truth.edges)]
     circuit = with_edges(truth, means, left, nodes)
     found = minimality(truth.model, circuit, pairs, n_pairs=3, generator=generator, progress=False)
     whole = mean_kl(truth, circuit, pairs)
@@ -146,7 +147,8 @@ def test_effects_are_those_of_whole_runs_prompt_by_prompt(generator):
     assert rows[list(expected)].tolist() == pytest.approx(list(expected.values()), abs=1e-5)
     assert max(expected.values()) > 0.05 and min(expected.values()) < 0.01
     extras = found.extras.frame[found.extras.frame.kind == "edge"].set_index("name").effect_nats
-    for edge in [edge for edge in edges if edge not in left][:2]:
+    assert lost in truth.edges and extras[f"{lost[0]} -> {lost[1]}"] > 0.01
+    for edge in [lost, *(edge for edge in edges if edge not in left)][:2]:
         within = with_edges(truth, means, [*left, edge], nodes)
         assert extras[f"{edge[0]} -> {edge[1]}"] == pytest.approx(whole - mean_kl(truth, within, pairs), abs=1e-5)
     extra = found.extras.frame[found.extras.frame.kind == "node"].sort_values("effect_nats", key=abs).name.iloc[-1]
