@@ -49,7 +49,7 @@ from sparse_interp.tasks.task import TaskBatch, logit_difference
 
 Chosen = Bool[Tensor, " unit"]
 
-PRUNING = PruneConfig(n_train=60, n_selection=36, n_steps=40, batch_size=16)
+PRUNING = PruneConfig(n_train=60, n_selection=36, n_steps=150, batch_size=16)
 """How our searches go about models of the board, and when every way's circuit is large enough: the defaults, but for
 fewer pairs and steps, since these models are small and so are their vocabularies."""
 
