@@ -190,7 +190,7 @@ def test_every_node_alone_in_models_of_other_kinds(make_model, pairs, alone, kin
 
 def test_a_node_kept_at_some_positions_is_exchanged_there(plain_model, pairs):
     pair = pairs.rows(slice(1))
-    spots = [NodeAt(0, "k", 3, 1), NodeAt(0, "k", 3, 4), NodeAt(1, "neuron", 2, 6), NodeAt(1, "neuron", 2, 3)]
+    spots = [NodeAt(1, "k", 3, 2), NodeAt(1, "k", 3, 4), NodeAt(1, "neuron", 2, 6), NodeAt(1, "neuron", 2, 3)]
     spots += [NodeAt(0, "attn_read", 5, pos) for pos in (1, 2, 6)] + [NodeAt(2, "final_read", 5, 6)]
     circuit = Circuit.of_nodes(plain_model, spots, task_means(plain_model, pairs), n_pos=7)
     read = lambda logits, rows: logit_difference(logits, pair.rows(rows))[:, None]
