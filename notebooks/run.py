@@ -80,7 +80,9 @@ def _shown(cell: Any) -> list[tuple[str, str]]:
     """What a cell shows: kind and content, in order."""
     shown = []
     for output in cell.get("outputs", []):
-        if output.output_type == "stream":
+        if output.output_type == "stream" and shown and shown[-1][0] == output.name:
+            shown[-1] = (output.name, shown[-1][1] + output.text)  # how a stream is cut up is a matter of time
+        elif output.output_type == "stream":
             shown.append((output.name, output.text))
         else:
             shown += [(kind, str(output.data[kind])) for kind in sorted(output.data)]

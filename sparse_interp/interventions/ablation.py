@@ -169,10 +169,10 @@ def ascend(
         for part in parts:
             with torch.set_grad_enabled(step < n_steps):
                 loss = part(leaves)
-            losses.append(loss.detach())
-            if step < n_steps:
-                found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-                grads = [grad if more is None else grad + more for grad, more in zip(grads, found, strict=True)]
+                losses.append(loss.detach())
+                if loss.requires_grad:  # not where a circuit leaves nothing outside
+                    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+                    grads = [grad if more is None else grad + more for grad, more in zip(grads, found, strict=True)]
         total = torch.stack(losses).sum(0)
         if highest is None:
             highest = total

@@ -323,7 +323,9 @@ def against_ours(ours, theirs, task) -> dict[str, float]:
         audit(m, c, task, n_prompts=24, n_random=2, generator=torch.Generator().manual_seed(5), progress=False).frame
         for m, c in ((ours, circuit), (theirs, same))
     ]
-    found["audit"] = largest(*(torch.tensor(table.value.fillna(-1).to_numpy()) for table in reversed(tables)))
+    # an adversary goes by signs, which rounding may turn: what it finds is not the same to the last digit
+    certain = [table[~table.scheme.str.contains("adversarial")] for table in reversed(tables)]
+    found["audit"] = largest(*(torch.tensor(table.value.fillna(-1).to_numpy()) for table in certain))
     paths = [patch_direct_paths(m, pairs, sender=Head(0, 1), progress=False).frame.metric for m in (theirs, ours)]
     found["direct paths"] = largest(*(torch.tensor(metric.to_numpy()) for metric in paths))
     return found
