@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedTokenizerBase
 
 from sparse_interp.axes import PerPrompt
 from sparse_interp.circuit.graph import Circuit
@@ -190,7 +191,7 @@ class _Claims:
     lengths: Int[Tensor, " prompt"]
 
     @classmethod
-    def of(cls, hypothesis: Hypothesis, batch: TaskBatch, tokenizer: object) -> "_Claims":
+    def of(cls, hypothesis: Hypothesis, batch: TaskBatch, tokenizer: PreTrainedTokenizerBase | None) -> "_Claims":
         prompts = [_prompt(batch, row, tokenizer) for row in range(len(batch))]
         meaning = {}
         for node, function in hypothesis.items():
@@ -213,9 +214,9 @@ class _Claims:
         return torch.where(others.any(1, keepdim=True), others, same)
 
 
-def _prompt(batch: TaskBatch, row: int, tokenizer: object) -> Prompt:
+def _prompt(batch: TaskBatch, row: int, tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
     tokens = batch.clean[row, : int(batch.lengths[row])].tolist()
-    text = "" if tokenizer is None else tokenizer.decode(tokens[1:])  # type: ignore[attr-defined]
+    text = "" if tokenizer is None else tokenizer.decode(tokens[1:])
     return Prompt(text, tuple(tokens), int(batch.answer[row]), int(batch.foil[row]), int(batch.template[row]))
 
 

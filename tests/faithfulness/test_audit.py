@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from known_models import hand_built, means_of
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
@@ -18,25 +19,11 @@ from sparse_interp.faithfulness.gap import RIVALS
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.repruned import CONTROLS
 from sparse_interp.faithfulness.thresholds import FOUR, Thresholds
-from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task
 from sparse_interp.viewer.page import PageAudit, PageAuditRow
 
-built, audited = {}, {}
-
-
-def hand_built(name):
-    """A hand-built model and its means, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        built[name] = truth, means_of(truth)
-    return built[name]
-
-
-def means_of(truth):
-    blocks = truth.blocks(32, generator=torch.Generator().manual_seed(0))
-    return mean_activations(truth.model, blocks, batch_size=64)
+audited = {}
 
 
 def circuit_of(truth, means, nodes):

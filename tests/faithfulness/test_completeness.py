@@ -3,33 +3,26 @@
 import pandas as pd
 import pytest
 import torch
+from known_models import hand_built
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.completeness import completeness
-from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import Node, masks
 
-built = {}
 
-
-def hand_built(name):
-    """A hand-built model, its means and a circuit of its key, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        means = mean_activations(
-            truth.model, truth.blocks(32, generator=torch.Generator().manual_seed(0)), batch_size=64
-        )
-        built[name] = truth, means, Circuit.of_nodes(truth.model, truth.nodes, means)
-    return built[name]
+def key_of(name):
+    """A hand-built model and the circuit of its key."""
+    truth, means = hand_built(name)
+    return truth, Circuit.of_nodes(truth.model, truth.nodes, means)
 
 
 def test_the_head_that_stands_in_is_named_node_by_node_and_nothing_else_is(generator):
-    truth, _, circuit = hand_built("backup")
+    truth, circuit = key_of("backup")
     at = truth.channels.index
     stand_in = {
         *(Node(1, site, 0) for site in ("q", "k", "v")),
@@ -49,7 +42,7 @@ def test_the_head_that_stands_in_is_named_node_by_node_and_nothing_else_is(gener
 
 
 def test_nothing_stands_in_for_a_key_that_has_no_backup(generator):
-    truth, _, circuit = hand_built("quote")
+    truth, circuit = key_of("quote")
     candidates = [Node(0, "v", 2), Node(1, "final_read", 4)._replace(layer=2), Node(0, "neuron", 6)]
     pairs = truth.task.batch(8, "test", generator=generator)
     found = completeness(truth.model, circuit, pairs, candidates=candidates, generator=generator, progress=False)
@@ -58,7 +51,8 @@ def test_nothing_stands_in_for_a_key_that_has_no_backup(generator):
 
 @pytest.mark.parametrize("edges", [False, True])
 def test_effects_are_those_of_plain_ablations_prompt_by_prompt(edges, generator):
-    truth, means, circuit = hand_built("backup")
+    truth, circuit = key_of("backup")
+    means = circuit.baseline
     if edges:
         among = edges_among(truth.model, masks(truth.nodes, truth.model.cfg))
         circuit = Circuit.of_nodes(truth.model, truth.nodes, means, edges=among)
@@ -106,7 +100,7 @@ def test_a_bridge_gives_what_our_model_gives(dense_truth, truth, generator):
 
 
 def test_candidates_are_nodes_outside(generator):
-    truth, _, circuit = hand_built("backup")
+    truth, circuit = key_of("backup")
     pairs = truth.task.batch(2, "test", generator=generator)
     own = min(truth.nodes)
     for candidates, words in (

@@ -7,30 +7,21 @@ from math import isnan
 import numpy as np
 import pytest
 import torch
+from known_models import hand_built
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.exchange import exchange_between_prompts, exchange_between_runs
-from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
+from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.faithfulness.scores import CONSTANT
 from sparse_interp.interventions.answers import both_sides
-from sparse_interp.interventions.baselines import mean_activations, task_means
+from sparse_interp.interventions.baselines import task_means
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place
-
-built = {}
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def hand_built(name):
-    """A hand-built model and its means, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        built[name] = truth, mean_activations(truth.model, truth.blocks(32, generator=seeded()), batch_size=64)
-    return built[name]
 
 
 @pytest.fixture

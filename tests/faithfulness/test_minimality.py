@@ -5,6 +5,7 @@ from itertools import combinations
 import pandas as pd
 import pytest
 import torch
+from known_models import hand_built, means_of
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
@@ -17,26 +18,11 @@ from sparse_interp.interventions.edges import edges_among as edge_masks_among
 from sparse_interp.model.edges import Matrix
 from sparse_interp.model.sites import WIRES, Node, NodeAt, masks
 
-built = {}
-
 
 @pytest.fixture(autouse=True)
 def few_extras(monkeypatch):
     """Thirty are enough where nearly all of them do nothing, and take a third of the time."""
     monkeypatch.setattr("sparse_interp.faithfulness.minimality.N_EXTRAS", 30)
-
-
-def hand_built(name):
-    """A hand-built model and its means, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        built[name] = truth, means_of(truth)
-    return built[name]
-
-
-def means_of(truth):
-    blocks = truth.blocks(32, generator=torch.Generator().manual_seed(0))
-    return mean_activations(truth.model, blocks, batch_size=64)
 
 
 def with_edges(truth, means, edges, nodes=None):

@@ -5,33 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from known_models import hand_built
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
-from sparse_interp.faithfulness.ground_truth import all_nodes, edges_among, ground_truth
+from sparse_interp.faithfulness.ground_truth import all_nodes, edges_among
 from sparse_interp.faithfulness.partial import partial_ablation
 from sparse_interp.faithfulness.scores import score_circuit
 from sparse_interp.interventions.ablation import Ablation
 from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides
-from sparse_interp.interventions.baselines import mean_activations, task_means
+from sparse_interp.interventions.baselines import task_means
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place
 from sparse_interp.tasks.task import kl_divergence
 
-built = {}
 few = {"n_draws": 2, "n_steps": 4, "step_size": 0.25}
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def hand_built(name):
-    """A hand-built model and its means, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        built[name] = truth, mean_activations(truth.model, truth.blocks(32, generator=seeded()), batch_size=64)
-    return built[name]
 
 
 def circuit_of(name, nodes, **more):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from known_models import hand_built
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
@@ -12,18 +13,6 @@ from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit, some_pairs
 from sparse_interp.interventions.ablation import Ablation, ablate
 from sparse_interp.interventions.answers import all_answer_logits, both_sides
-from sparse_interp.interventions.baselines import mean_activations
-
-built = {}
-
-
-def hand_built(name):
-    """A hand-built model and its means, once per run: nothing here changes one."""
-    if name not in built:
-        truth = ground_truth(name)
-        blocks = truth.blocks(32, generator=torch.Generator().manual_seed(0))
-        built[name] = truth, mean_activations(truth.model, blocks, batch_size=64)
-    return built[name]
 
 
 def circuit_of(name, nodes):
