@@ -12,6 +12,7 @@ Conditional co-ablation: CoAx 2026 (arXiv:2607.01940), as reported by others; se
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,13 +109,14 @@ def completeness(
     model = hooked(model)
     nodes = _candidates(circuit, candidates)
     pairs = some_pairs(pairs, n_pairs, generator=generator)
-    kept: Masks = {place: torch.ones_like(mask) for place, mask in masks((), model.cfg, circuit.sites).items()}
+    every: Masks = {place: torch.ones_like(mask) for place, mask in masks((), model.cfg, circuit.sites).items()}
+    rest = every if circuit.edges_pruned else {place: ~mask for place, mask in circuit.inside.items()}
+    whole = Selection(model, pairs, circuit.baseline)
     with tqdm(total=2 * len(nodes), disable=not progress, desc="backups", unit="run") as bar:
-        selection = Selection(model, pairs, circuit.baseline)
-        alone = _effects(selection, kept, nodes, bar)
-        with circuit.removed(model):
-            removed = _effects(Selection(model, pairs, circuit.baseline), kept, nodes, bar)
-    groups = [groups_of(selection.batch)[row] for row in selection.measured(1).tolist()]
+        alone = _effects(whole, pairs, every, nodes, bar)
+        with circuit.removed(model) if circuit.edges_pruned else nullcontext():
+            removed = _effects(whole, pairs, rest, nodes, bar)
+    groups = [groups_of(whole.batch)[row] for row in whole.measured(1).tolist()]
     rows = []
     for node, before, after in zip(nodes, alone, removed, strict=True):
         growth = mean_of(after - before, groups, generator)
@@ -122,7 +124,7 @@ def completeness(
         rows.append((str(node), node.layer, float(before.mean()), float(after.mean()), *growth, grows))
     frame = pd.DataFrame(rows, columns=list(CompletenessTable.columns)).astype({"backup": bool})
     frame = frame.sort_values("growth_nats", ascending=False, kind="stable", ignore_index=True)
-    return CompletenessTable(frame, len(selection.batch))
+    return CompletenessTable(frame, len(whole.batch))
 
 
 def _candidates(circuit: Circuit, candidates: Iterable[Node] | None) -> list[Node]:
@@ -140,8 +142,12 @@ def _candidates(circuit: Circuit, candidates: Iterable[Node] | None) -> list[Nod
     return sorted(named, key=lambda node: node.layer)
 
 
-def _effects(selection: Selection, kept: Masks, nodes: list[Node], bar: tqdm) -> list[Float[Tensor, " prompt"]]:
-    """KL(run || run with a node held), for each of `nodes`, prompt by prompt."""
+def _effects(
+    selection: Selection, pairs: TaskBatch, kept: Masks, nodes: list[Node], bar: tqdm
+) -> list[Float[Tensor, " prompt"]]:
+    """KL(run || run with a node held), for each of `nodes`, prompt by prompt; the run is that which keeps `kept`."""
+    own = selection.logits(kept)
+    selection = Selection(selection.model, pairs, selection.baseline, teacher=lambda _: own)
     without: dict[int, list[Masks]] = {}
     for node in nodes:
         without.setdefault(node.layer, []).append(less(kept, [node]))
