@@ -1,5 +1,5 @@
 # make demo   train nothing, need nothing: a real circuit of the bundled model, with its audit and its page, in out/demo
-# make test   every test
+# make test   every test, in two processes
 # Both make the virtual environment first if it is not there. The others: make venv | lint | bench | notebooks | figures | tl39
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ demo: venv
 	$(BIN)/sparse-interp demo --out out/demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 venv: $(VENV)/.installed
 
