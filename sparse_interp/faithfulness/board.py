@@ -3,9 +3,9 @@
     cell   =  case x method x seed         one small JSON file, written when the cell is finished and never run again
     case   =  hand-built model | planted one | Tracr program in a host | edges between components of two Tracr programs
 
-The same command goes on after an interruption; a cell whose file is damaged, or was made with other settings, is run
-again. A search that finds no circuit is a result: its cell says so, and counts as not recovered. `rivals` runs where a
-model has several keys, which are what it is for.
+The same command goes on after an interruption; a cell whose file is damaged, or whose method is told to search
+otherwise by now, is run again. A search that finds no circuit is a result: its cell says so, and counts as not
+recovered. `rivals` runs where a model has several keys, which are what it is for.
 """
 
 import hashlib
@@ -44,7 +44,10 @@ SEVERAL_KEYS = "rivals"
 """The method that runs only where there are several keys."""
 
 COMPONENTS = "components"
-"""The kind of case that has edges between components, which are what `acdc` alone was written for."""
+"""The kind of case that has edges between components."""
+
+BETWEEN_COMPONENTS = "acdc"
+"""The method that was written for them, and runs there alone."""
 
 
 class Case(NamedTuple):
@@ -204,7 +207,7 @@ def board_cells(
         Cell(board, case, method, seed)
         for case in (chosen_cases or cases)
         for method in (chosen_methods or METHODS)
-        if cases[case].kind != COMPONENTS or method == "acdc"
+        if cases[case].kind != COMPONENTS or method == BETWEEN_COMPONENTS
         for seed in range(n_seeds)
     ]
 
@@ -237,7 +240,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     truth = _built(cell.board, cell.case)
     record = cell._asdict() | {
         "format_version": FORMAT_VERSION,
-        "settings": settings(),
+        "settings": settings(cell.method),
         "kind": board_cases(cell.board)[cell.case].kind,
         "n_keys": 1 if isinstance(truth, ComponentTruth) else len(truth.keys),
         "scores": None,
@@ -256,11 +259,10 @@ def measure(cell: Cell) -> dict[str, Any]:
     return record | {"scores": asdict(found.scores), "seconds": found.seconds}
 
 
-def settings() -> str:
-    """A hash of everything that says how the methods search; cells of other settings are run again."""
-    names = ("PRUNING", "N_MEANS", "N_SEEDS", "TAUS", "GREEDY_EVERY", "ONE_BY_ONE_EVERY", "PRICES")
-    told = [getattr(methods, name) for name in names] + [recover.COMPONENT_TAUS]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+def settings(method: str) -> str:
+    """A hash of everything that says how a method searches; its cells of other settings are run again."""
+    between = recover.COMPONENT_TAUS if method == BETWEEN_COMPONENTS else ()
+    return hashlib.sha256(repr((methods.told(method), between)).encode()).hexdigest()[:16]
 
 
 def kept(folder: Path, cell: Cell) -> dict[str, Any] | None:
@@ -271,7 +273,7 @@ def kept(folder: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or record.pop("sha256", None) != _sum(record):
         return None
-    same = {"format_version": FORMAT_VERSION, "settings": settings()} | cell._asdict()
+    same = {"format_version": FORMAT_VERSION, "settings": settings(cell.method)} | cell._asdict()
     return record if all(record.get(name) == value for name, value in same.items() if name != "board") else None
 
 

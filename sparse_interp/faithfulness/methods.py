@@ -19,6 +19,7 @@ the smallest prefix of its ranking that keeps the stopping rule of our own searc
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,9 +30,10 @@ from sparse_interp.circuit.find_edges import EdgeSizing, EdgeStart, search_edges
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
 from sparse_interp.faithfulness.greedy import greedy_edges
-from sparse_interp.faithfulness.ground_truth import all_nodes, effects_alone
+from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.faithfulness.ground_truth import edges_among as edges_between
 from sparse_interp.faithfulness.rivals import rivals
+from sparse_interp.interventions.ablation import Masks, less
 from sparse_interp.interventions.answers import answer_logits, at_answers, stream_at
 from sparse_interp.interventions.attribution import attribute_edges, attribute_nodes
 from sparse_interp.interventions.baselines import Counterfactual, mean_activations, values_on
@@ -41,8 +43,8 @@ from sparse_interp.interventions.probing import probe_nodes
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.selection import Selection, smallest_prefix, split_pairs
 from sparse_interp.interventions.sweeps import patch_nodes
-from sparse_interp.model.edges import EdgeGate
-from sparse_interp.model.sites import Node, NodeValues, wires
+from sparse_interp.model.edges import RowCuts
+from sparse_interp.model.sites import Node, NodeValues, masks, wires
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import TaskBatch, logit_difference
@@ -65,6 +67,9 @@ TAUS = (1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)
 GREEDY_EVERY, ONE_BY_ONE_EVERY = 3, 9
 """One in so many selection prompts measures a cut, in greedy removal and where edges are patched one by one; odd, so
 that both sides of pairs are among them."""
+
+EDGES_TOGETHER = 32
+"""Edges that are patched in one pass, each in a row of prompts of its own."""
 
 PRICES = (1e-3, 3e-3, 1e-2)
 """Prices of an open gate that subnetwork probing tries, nats; the smallest circuit wins."""
@@ -131,6 +136,14 @@ class _Bench:
     def ends(self) -> list[Node]:
         """The channels of the last read, in the order of the units."""
         return [Node(*self.units.end, channel) for channel in self.units.channels.tolist()]
+
+    def effects_alone(self) -> dict[Node, float]:
+        """KL(model || model with one node held at its mean), nats, for every node."""
+        kept: Masks = {place: torch.ones_like(mask) for place, mask in masks((), self.model.cfg).items()}
+        without: dict[int, list[Masks]] = {}
+        for node in self.nodes:
+            without.setdefault(node.layer, []).append(less(kept, [node]))
+        return dict(zip(self.nodes, self.selection.knock_outs(kept, without, 1), strict=True))
 
     def smallest_nodes(self, scores: Mapping[Node, float]) -> frozenset[Node]:
         """The smallest prefix of a ranking of nodes that keeps the stopping rule."""
@@ -304,22 +317,23 @@ def _patched_edges(bench: _Bench) -> Float[Tensor, " edge"]:
     twins, own = Counterfactual().on(model, batch), values_on(model, batch, batch.clean.shape[1])
     rows = row_values(model, at_answers(twins, batch))
     changed = row_values(model, {place: (twins[place] - own[place]).abs().amax((0, 1)) for place in own})
-    found = []
+    found = torch.zeros(len(bench.edges), dtype=torch.float64)
     with evaluating(model):
-        before = logit_difference(answer_logits(model, batch), batch)
-        for matrix, entries in bench.units.entries.items():
+        before, start = logit_difference(answer_logits(model, batch), batch), 0
+        for matrix, (sources, targets) in bench.units.entries.items():
             stream = stream_at(model, batch, matrix.layer) if matrix.layer else None
-            share = model.embed.W_E.new_ones(bench.units.shapes[matrix])
-            with model.gated_edges({matrix: EdgeGate(share, rows[matrix])}):
-                for row, column in zip(*(index.tolist() for index in entries), strict=True):
-                    if not changed[matrix][row]:
-                        found.append(0.0)
-                        continue
-                    share[row, column] = 0
-                    logits = answer_logits(model, batch, stream, matrix.layer)
-                    found.append(float((logit_difference(logits, batch) - before).double().mean()))
-                    share[row, column] = 1
-    return torch.tensor(found, dtype=torch.float64)
+            told = changed[matrix][sources].nonzero()[:, 0]
+            for some in told.split(EDGES_TOGETHER) if len(told) else ():
+                n, each = len(some), torch.arange(len(batch)).repeat(len(some))
+                cuts = RowCuts(*(ends[some].repeat_interleave(len(batch)) for ends in (sources, targets)),
+                               rows[matrix][each])  # fmt: skip
+                with model.cutting_rows(matrix, cuts):
+                    here = None if stream is None else stream[each]
+                    logits = answer_logits(model, batch.rows(each), here, matrix.layer)
+                effects = logit_difference(logits, batch.rows(each)).view(n, -1) - before
+                found[start + some] = effects.double().mean(1)
+            start += len(sources)
+    return found
 
 
 # -- of means -------------------------------------------------------------------------------------------------------
@@ -327,7 +341,7 @@ def _patched_edges(bench: _Bench) -> Float[Tensor, " edge"]:
 
 def _ablated(truth: GroundTruth, *, generator: torch.Generator) -> Ranked:
     bench = _Bench(truth, generator)
-    nodes = effects_alone(truth, bench.selection.batch, bench.means)
+    nodes = bench.effects_alone()
     everything = torch.ones(len(bench.units), dtype=torch.bool)
     found = bench.of_units(bench.sizing.costs(everything, "cuts"))
     return replace(found, nodes=nodes, chosen=Key(bench.smallest_nodes(nodes), found.chosen.edges))
@@ -370,3 +384,19 @@ METHODS: dict[str, Method] = {
     "subnetwork_probing": _probed,
 }
 """By name, in the order of the table above."""
+
+SEARCHES = ("find_circuit", "find_edges", "rivals")
+"""Our own, which search as PRUNING says; of it the others know prompts and stopping rule alone."""
+
+
+def told(method: str) -> tuple[Any, ...]:
+    """Everything that says how a way of finding circuits goes about it on the board."""
+    own = {
+        "rivals": (N_SEEDS,),
+        "patching": (ONE_BY_ONE_EVERY,),
+        "acdc": (TAUS, GREEDY_EVERY),
+        "subnetwork_probing": (PRICES,),
+    }
+    shared = ("n_train", "n_selection", "rule", "max_kl", "max_loss_gap", "max_ld_error", "target_task_loss", "sites")
+    pruning = PRUNING if method in SEARCHES else tuple(getattr(PRUNING, name) for name in shared)
+    return N_MEANS, pruning, *own.get(method, ())

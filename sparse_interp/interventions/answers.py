@@ -48,13 +48,13 @@ def length_in_common(pairs: TaskBatch) -> int:
 def packed(model: HookedModel, batches: Sequence[TaskBatch]) -> Packing | None:
     """The clean prompts of each batch packed into a row, for runs in which nothing tells prompts apart.
 
-    None where that cannot be: for a model that is not of our class or sees what comes later, and inside hooks that
-    somebody else has set, who expects prompts and positions.
+    None where that cannot be: for a model that is not of our class, and inside hooks that somebody else has set, who
+    expects prompts and positions.
     """
     if not isinstance(model, HookedSparseTransformer) or not model.packable:
         return None
     rows = [[ids[:n] for ids, n in zip(b.clean.tolist(), b.lengths.tolist(), strict=True)] for b in batches]
-    return Packing.of(rows, model.embed.W_E.device)
+    return Packing.of(rows, model.embed.W_E.device, causal=model.cfg.attention_dir == "causal")
 
 
 def answer_logits(

@@ -38,12 +38,13 @@ class EdgeGate(NamedTuple):
 
 
 class RowCuts(NamedTuple):
-    """In every row of a packed run one entry of a matrix is cut, beside what gates let through."""
+    """In every row of a run one entry of a matrix is cut, beside what gates let through. A row is a prompt, or all that
+    is packed together."""
 
     sources: Int[Tensor, " row"]
     targets: Int[Tensor, " row"]
-    baseline: Float[Tensor, " source"]
-    """What a cut entry carries; numbers for every row of the matrix."""
+    baseline: Float[Tensor, "*row_pos source"]
+    """What a cut entry carries: a number for each source, or where nothing is packed one for each row and position."""
 
     def less(
         self,

@@ -225,8 +225,9 @@ class Attention(nn.Module):
         if not self.cfg.use_attn_result:
             write = sum((mixed.flatten(2) @ part for mixed, part in sent[1:]), z.flatten(2) @ weight)
             for each in self.row_cuts["W_O"]:
-                assert packing is not None
-                write = each.less(write, (z - packing.gathered(self._mixed(each.baseline, pattern))).flatten(2), weight)
+                held_back = self._mixed(each.baseline, pattern)
+                held_back = held_back if packing is None else packing.gathered(held_back)
+                write = each.less(write, (z - held_back).flatten(2), weight)
             return self.cut_write(write + self.b_O.to(z.dtype))
         # Per head, what survives of the joint write: AbsTopK acts on the sum, so each head is cut by the sum's mask,
         # and the bias is shared out evenly so that the heads add up to the write exactly.

@@ -1,13 +1,14 @@
 """Prompts packed: positions behind equal tokens run once, padding never, and the last block at the ends alone.
 
     row       what runs together and is asked for together: the prompts of one mask, or of one candidate
-    n         the distinct beginnings of a row's prompts, one position each
+    n         the distinct beginnings of a row's prompts, one position each; of bidirectional models, all positions of
+              the distinct prompts
     prompt    every prompt of the row, its end at the last `pos`
 
 In a causal model without hooks that tell prompts apart, what a position holds depends on the tokens up to it alone, so
-prompts made from templates share much. Only attention has to know the prompts: what heads mix is laid out prompt by
-prompt, and gathered again. And where only the logits behind the last token are asked for, keys and values are all that
-the last block needs of other positions.
+prompts made from templates share much; where attention is bidirectional, equal prompts share all. Only attention has to
+know the prompts: what heads mix is laid out prompt by prompt, and gathered again. And where only the logits behind the
+last token are asked for, keys and values are all that the last block needs of other positions.
 
 A stream may have more rows than its packing: then the same prompts run in each of them, and rows that do not differ
 yet need not be told apart until they do.
@@ -55,11 +56,12 @@ class Packing:
     """Whether queries are those of the prompts' ends: so it is in the last block."""
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[list[int]]], device: torch.device) -> "Packing":
-        """Rows of prompts, each a list of token ids."""
+    def of(cls, rows: Sequence[Sequence[list[int]]], device: torch.device, *, causal: bool = True) -> "Packing":
+        """Rows of prompts, each a list of token ids, for a model that sees earlier tokens alone or (`causal` False)
+        later ones too."""
         longest = max(len(prompt) for prompts in rows for prompt in prompts)
         most = max(map(len, rows))
-        packed = [_packed(prompts, longest, most) for prompts in rows]
+        packed = [_packed(prompts, longest, most, causal) for prompts in rows]
         n = max(len(tokens) for tokens, *_ in packed)
         found = [
             [*(values + [0] * (n - len(values)) for values in lists), spots, seen] for *lists, spots, seen in packed
@@ -108,12 +110,14 @@ class Packing:
         return found.view(len(x), index.shape[1], *x.shape[2:])
 
 
-def _packed(prompts: Sequence[list[int]], longest: int, most: int) -> tuple[list, list, list, list, list]:
+def _packed(prompts: Sequence[list[int]], longest: int, most: int, causal: bool) -> tuple[list, list, list, list, list]:
     """Tokens, positions, where each is met, and the spots and seen of one row's prompts, filled up to `most`."""
     ids: dict[tuple[int, int], int] = {}
+    starts: dict[tuple[int, ...], int] = {}
     positions, met, spots, seen = [], [], [], []
     for i, prompt in enumerate(prompts):
-        begins, spot, path = longest - len(prompt), -1, []
+        start = () if causal else tuple(prompt)  # what has one start shares its beginnings
+        begins, spot, path = longest - len(prompt), -1 - starts.setdefault(start, len(starts)), []
         for pos, token in enumerate(prompt):
             spot = ids.setdefault((spot, token), len(ids))
             path.append(spot)

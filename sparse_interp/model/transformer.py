@@ -237,11 +237,11 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
 
     @property
     def packable(self) -> bool:
-        """Whether packed prompts give what they give one by one: nothing tells them apart but the tokens before."""
+        """Whether packed prompts give what they give one by one: nothing tells them apart but the tokens they see."""
         parts = [part for block in self.layers for part in (block.attn, block.mlp)]
         gates = [gate for part in parts for gates in part.edge_gates.values() for gate in gates]
         forked = self.cfg.use_attn_in or self.cfg.use_split_qkv_input or self.cfg.use_attn_result
-        alike = self.cfg.attention_dir == "causal" and all(gate.baseline.ndim == 1 for gate in gates)
+        alike = all(gate.baseline.ndim == 1 for gate in gates)
         return alike and not forked and not heard(*self.hook_dict.values())
 
     def packed_stream(
@@ -263,7 +263,7 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
         return self._logits(ends, packing.last_tokens.expand(len(ends), -1))
 
     def cutting_rows(self, matrix: Matrix, cuts: RowCuts) -> AbstractContextManager[None]:
-        """A block inside which each row of a packed run has an edge of its own cut."""
+        """A block inside which each row of a run has an edge of its own cut."""
         part, _, name = matrix.name.partition(".")
         return placed({matrix: cuts}, lambda matrix: getattr(self.layers[matrix.layer], part).row_cuts[name])
 

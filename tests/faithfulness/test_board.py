@@ -1,6 +1,7 @@
 """The board runs every cell once, whatever happens in between, and says what each method found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -115,6 +116,18 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path, given, words):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_cell_holds_is_what_the_methods_were_told():
-    before = board.settings()
-    assert before == board.settings() and len(before) == 16
+def test_another_default_of_our_searches_runs_their_cells_again_and_no_others(monkeypatch):
+    def told():
+        return {method: board.settings(method) for method in METHODS}
+
+    before = told()
+    changes = {"schemes": {"find_circuit", "find_edges", "rivals"}, "max_kl": {*METHODS}}
+    for name, value in {"schemes": ("full", "stochastic"), "max_kl": 0.1}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, "PRUNING", replace(methods.PRUNING, **{name: value}))
+            assert {method for method, settings in told().items() if settings != before[method]} == changes[name]
+    for name, others in {"TAUS": {"acdc"}, "N_SEEDS": {"rivals"}, "PRICES": {"subnetwork_probing"}}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, name, 5)
+            assert {method for method, settings in told().items() if settings != before[method]} == others
+    assert told() == before
