@@ -28,9 +28,10 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import PerPrompt
 from sparse_interp.errors import CircuitError, ConfigError
-from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_answers, frozen
+from sparse_interp.interventions.answers import AnswerLogits, answer_logits, at_answers, frozen, packed
 from sparse_interp.interventions.baselines import Baseline, Counterfactual, Resample
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
+from sparse_interp.model.packing import Packing
 from sparse_interp.model.sites import (
     ATTN_READ,
     FINAL_READ,
@@ -390,15 +391,21 @@ class _Evaluation:
         self.batch = batch.to(model.embed.W_E.device)
         self.chunks = list(batch.lengths.cpu().argsort(stable=True).split(ANSWERS_AT_ONCE))
         self.references: list[AnswerLogits] = []
+        self.packings: dict[int, Packing | None] = {}
+        constant = isinstance(ablation.baseline, NodeValues) and ablation.scope == "batch"
+        self.alike = constant and all(mask.ndim == 1 for mask in kept.values())
+        """Whether nothing tells prompts apart but their tokens."""
 
-    def _logits(self, rows: Tensor, shares: Shares | None) -> AnswerLogits:
+    def _logits(self, number: int, shares: Shares | None) -> AnswerLogits:
         """Answer logits of a chunk; `shares` are of the chunk's own prompts."""
-        here = self.batch.rows(rows)
+        here = self.batch.rows(self.chunks[number])
         values = _values(self.ablation.baseline, self.model, here)
         values = values if isinstance(values, NodeValues) else at_answers(values, here)
-        hooks = holding_hooks(self.kept, values, shares)
-        with evaluating(self.model), self.within(self.model), self.model.hooks(fwd_hooks=hooks):
-            return answer_logits(self.model, here)
+        with evaluating(self.model), self.within(self.model):
+            if number not in self.packings:
+                self.packings[number] = packed(self.model, [here]) if self.alike else None
+            with self.model.hooks(fwd_hooks=holding_hooks(self.kept, values, shares)):
+                return answer_logits(self.model, here, packing=self.packings[number])
 
     def _of_chunk(self, rows: Tensor, shares: Shares | None) -> Shares | None:
         if shares is None or self.ablation.scope == "batch":
@@ -408,7 +415,7 @@ class _Evaluation:
     @torch.no_grad()
     def logits(self, shares: Shares | None) -> AnswerLogits:
         """Answer logits of all prompts in their order."""
-        found = [self._logits(rows, self._of_chunk(rows, shares)) for rows in self.chunks]
+        found = [self._logits(i, self._of_chunk(rows, shares)) for i, rows in enumerate(self.chunks)]
         return torch.cat(found)[torch.cat(self.chunks).argsort()]
 
     def parts(self) -> list[Callable[[Shares], Tensor]]:
@@ -416,14 +423,14 @@ class _Evaluation:
         if not self.references:
             with torch.no_grad(), evaluating(self.model):
                 self.references = [answer_logits(self.model, self.batch.rows(rows)) for rows in self.chunks]
-        return [self._part(rows, reference) for rows, reference in zip(self.chunks, self.references, strict=True)]
+        return [self._part(i, reference) for i, reference in enumerate(self.references)]
 
-    def _part(self, rows: Tensor, reference: AnswerLogits) -> Callable[[Shares], Tensor]:
-        here = self.batch.rows(rows)
+    def _part(self, number: int, reference: AnswerLogits) -> Callable[[Shares], Tensor]:
+        here = self.batch.rows(self.chunks[number])
 
         def losses(shares: Shares) -> Tensor:
             with frozen(self.model):
-                found = self.ablation.loss(reference, self._logits(rows, shares), here)
+                found = self.ablation.loss(reference, self._logits(number, shares), here)
             return found if self.ablation.scope == "example" else found.sum()[None] / len(self.batch)
 
         return losses

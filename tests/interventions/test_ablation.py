@@ -85,7 +85,7 @@ def nothing_changes(model, pairs, ablation):
         assert torch.equal(run(model, pairs.clean), before)
     whole = {place: torch.ones_like(kept) for place, kept in kept_half(model).items()}
     for logits in ablation.answer_logits(model, whole, pairs, generator=seeded()):
-        assert torch.equal(logits, all_answer_logits(hooked(model), pairs))
+        torch.testing.assert_close(logits, all_answer_logits(hooked(model), pairs), atol=1e-6, rtol=1e-5)
 
 
 @every_pair
@@ -295,6 +295,20 @@ def test_answers_are_those_of_the_whole_run_at_the_last_token(any_kind, pairs, b
         whole = run(any_kind, pairs.clean)[torch.arange(3), pairs.last]
     found = ablation.answer_logits(any_kind, kept, pairs)[0]
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_around_the_runs_sees_prompts_by_position(plain_model, pairs):
+    """Where somebody else has hooks nothing is packed: they may tell prompts apart."""
+    means, kept, shapes = task_means(plain_model, pairs), kept_half(plain_model), []
+
+    def seeing(model):
+        return model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: shapes.append(x.shape) or x)])
+
+    for ablation in (Ablation.full(means), Ablation.adversarial(means, n_steps=1, n_draws=1)):
+        expected = ablation.answer_logits(plain_model, kept, pairs, generator=seeded())
+        found = ablation.answer_logits(plain_model, kept, pairs, generator=seeded(), within=seeing)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert {shape[:2] for shape in shapes} == {(3, int(pairs.lengths.max()))}
 
 
 def test_prompts_of_many_chunks_keep_their_order_and_their_shares(plain_model, pairs, monkeypatch):
