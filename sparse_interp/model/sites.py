@@ -69,6 +69,19 @@ SCALE_HOOKS = ("blocks.{layer}.ln1.hook_scale", "blocks.{layer}.ln2.hook_scale")
 """What the norms before attention and before the MLP divide by."""
 
 
+def n_stream_sites(n_layers: int) -> int:
+    """How many residual sites a model of so many layers has: before its blocks, and after each half of one."""
+    return 2 * n_layers + 1
+
+
+def stream_hook(site: int) -> str:
+    """Hook point of a residual site: 0 before block 0, 2 l + 1 after attention of block l, 2 l + 2 after its MLP."""
+    if site == 0:
+        return RESID_PRE_HOOK.format(layer=0)
+    layer, is_mlp = divmod(site - 1, 2)
+    return (RESID_POST_HOOK if is_mlp else RESID_MID_HOOK).format(layer=layer)
+
+
 class Node(NamedTuple):
     """One channel of one site. `final_read` has the layer number `n_layers`, `final_resid` that of the last block."""
 
