@@ -3,14 +3,16 @@
     effect of a part     KL(model || circuit without it) - KL(model || circuit)        its knock-out, prompt by prompt
     effect of an extra   KL(model || circuit) - KL(model || circuit with it)           the same, once it has been added
 
-    a draw               in every template the effect of another random extra; the mean of these
-    p(part)              share of draws no less than the part's effect; adjusted after Holm, nodes and edges apart
+    a draw               the mean effect of one random extra, over templates drawn with replacement
+    p(part)              share of draws no less than the part's mean effect; adjusted after Holm, nodes and edges apart
 
 Extras are outside nodes, of the circuit's own layers and sites in the circuit's proportions, or weights between its
-nodes that were cut; where there are few of those, an outside node with all its weights stands for a path of them. Most
-extras do nothing at all, so draws are made from the strongest tenth: what is told from them is told from a random one.
-A part whose knock-out brings circuit and model together has an effect below 0 and is told from nothing. Draws change
-the extra from template to template, and not from prompt to prompt: prompts of one template are alike.
+nodes that were cut; where there are few of those, an outside node with all its weights stands for a path of them. So a
+part is told from them if it does more than random extras do. An extra is one thing in all templates: were another drawn
+in each, the draws would hardly differ from their mean, and every extra above it would be told from extras. What
+templates are drawn anew for is the tail: a hundred extras do not show what one in ten thousand does, and the strongest
+of them, where it is strong in some templates, does. A part whose knock-out brings circuit and model together has an
+effect below 0 and is told from nothing.
 
 A permutation of the part itself with the extras would have to find the part's effect in every template before it calls
 it large; of the nodes that only some forms of a prompt need, it tells none.
@@ -50,8 +52,8 @@ LEVEL = 0.05
 N_EXTRAS = 100
 """Extras of a kind that are measured, unless there are fewer."""
 
-STRONGEST = 10
-"""How many of them a part is compared with: the strongest."""
+FEWEST_EXTRAS = 10
+"""Extras of a kind below which there is nothing to compare with."""
 
 LEAST_EFFECT_NATS = 1e-6
 """What an extra is taken to do at least: a divergence that changes by less has not changed."""
@@ -79,7 +81,7 @@ class MinimalityTable(Table):
     )
 
     extras: Table
-    """One row per extra: `kind`, `name`, `layer`, `effect_nats`, and `compared`, whether it was among the strongest."""
+    """One row per extra: `kind`, `name`, `layer`, `effect_nats`."""
 
     n_prompts: int
     """Prompts that every effect is a mean over, both sides of pairs."""
@@ -204,10 +206,10 @@ class _Sheet:
         effects: Mapping[Part, Float[Tensor, " prompt"]],
         groups: list[int],
     ):
-        if len(extras) < STRONGEST:
+        if len(extras) < FEWEST_EXTRAS:
             raise CircuitError(
                 f"{len(extras)} extra {kind}s are no measure for the {len(parts)} of this circuit; expected at least "
-                f"{STRONGEST}. It leaves too little outside: find a smaller circuit."
+                f"{FEWEST_EXTRAS}. It leaves too little outside: find a smaller circuit."
             )
         self.kind, self.parts, self.extras, self.groups = kind, parts, extras, groups
         none = torch.zeros(0, len(groups))
@@ -218,21 +220,17 @@ class _Sheet:
 
     def frames(self, cfg: AnyShape, generator: torch.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
         """One row per part, and one per extra."""
-        order = self.beside.mean(1).argsort(descending=True, stable=True)
-        strongest = order[: max(STRONGEST, len(order) // 10)]
-        p = p_values(self.effects, self.beside[strongest], self.groups, n_draws(len(self.parts)), generator=generator)
+        p = p_values(self.effects, self.beside, self.groups, n_draws(len(self.parts)), generator=generator)
         rows = []
         for part, effects, value, adjusted in zip(self.parts, self.effects, p, holm(p), strict=True):
             effect, told = mean_of(effects, self.groups, generator), bool(adjusted < LEVEL)
             named = (self.kind, name_of(part, cfg), part.where.layer)
             rows.append((*named, *effect, float(value), float(adjusted), told))
-        others, compared = [], set(strongest.tolist())
-        for i, (part, effects) in enumerate(zip(self.extras, self.beside, strict=True)):
-            others.append((self.kind, name_of(part, cfg), part.where.layer, float(effects.mean()), i in compared))
-        columns = ["kind", "name", "layer", "effect_nats", "compared"]
+        named = [(self.kind, name_of(part, cfg), part.where.layer) for part in self.extras]
+        others = [(*name, effect) for name, effect in zip(named, self.beside.mean(1).tolist(), strict=True)]
         return (
             pd.DataFrame(rows, columns=list(MinimalityTable.columns)).astype({"told": bool}),
-            pd.DataFrame(others, columns=columns).astype({"compared": bool}),
+            pd.DataFrame(others, columns=["kind", "name", "layer", "effect_nats"]),
         )
 
 
@@ -351,15 +349,17 @@ def p_values(
     *,
     generator: torch.Generator,
 ) -> Float[Tensor, " part"]:
-    """How often a random extra, another one in every group of prompts, does as much as a part.
+    """How often a random extra does as much as a part, on groups of prompts drawn with replacement.
 
     p  =  (1 + number of draws no less than the part's mean effect) / (1 + n)
     """
     codes = torch.from_numpy(pd.factorize(pd.Series(groups))[0])
-    totals = torch.zeros(len(extras), int(codes.max()) + 1, dtype=extras.dtype).index_add(1, codes, extras)
-    size = (n, totals.shape[1])
-    drawn = torch.randint(len(extras), size, generator=generator, device=generator.device).cpu()
-    means = totals[drawn, torch.arange(size[1])].sum(1) / len(codes)
+    sizes = torch.bincount(codes)
+    totals = torch.zeros(len(extras), len(sizes), dtype=extras.dtype).index_add(1, codes, extras)
+    given = {"generator": generator, "device": generator.device}
+    which = torch.randint(len(extras), (n, 1), **given).cpu()
+    drawn = torch.randint(len(sizes), (n, len(sizes)), **given).cpu()
+    means = totals[which, drawn].sum(1) / sizes[drawn].sum(1)
     means = means.clamp(min=LEAST_EFFECT_NATS).sort().values
     below = torch.searchsorted(means, effects.mean(1) - 1e-12)  # sums in another order
     return (1 + n - below).double() / (1 + n)

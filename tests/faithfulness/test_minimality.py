@@ -181,12 +181,33 @@ def test_a_bridge_gives_what_our_model_gives(dense_truth, truth, generator):
 
 
 def test_p_values_are_the_share_of_draws_that_do_as_much(generator):
-    """Two extras in two groups of 1 and 3 prompts: four draws, equally likely."""
-    extras = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 4.0, 4.0, 4.0]])
-    effects = torch.tensor([[0.5], [1.0], [1.5], [3.0], [4.0], [4.5]]).expand(-1, 4)  # means of draws: 0, 1, 3, 4
+    """Two extras, two groups of 1 and 3 prompts: one extra, and each group never, once or twice."""
+    extras = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 4.0, 4.0, 1.0]])
+    draws = [4.0, 1.0, 1.0, 0.0, 0.0, 2.25, 2.25, 3.0]  # equally likely: the first extra's, then the second's
+    effects = torch.tensor([[0.5], [1.0], [2.0], [2.5], [3.5], [4.5]]).expand(-1, 4)
     found = p_values(effects, extras, [7, 2, 2, 2], 40_000, generator=generator)
-    expected = [0.75, 0.75, 0.5, 0.5, 0.25, 1 / 40_001]
+    expected = [sum(draw >= float(effect) for draw in draws) / 8 for effect in effects[:, 0]]
     assert found.tolist() == pytest.approx(expected, abs=0.01) and float(found[-1]) == pytest.approx(1 / 40_001)
+
+
+def test_an_extra_is_one_thing_in_all_templates(generator):
+    """One extra in ten does something, in each of ten templates alike: so a tenth of the draws do."""
+    extras = torch.zeros(100, 10).index_fill(0, torch.arange(10), 1.0)
+    found = p_values(torch.tensor([[0.9], [1.1]]).expand(-1, 10), extras, range(10), 40_000, generator=generator)
+    assert found.tolist() == pytest.approx([0.1, 1 / 40_001], abs=0.01)
+
+
+def test_parts_that_are_random_extras_are_told_from_them_as_often_as_the_level_says(generator):
+    """Nodes that do unlike much, in every template nearly the same: one in twenty before the correction."""
+    below, told, groups = [], 0, [template for template in range(10) for _ in range(4)]
+    for _ in range(50):
+        does = torch.empty(150, 1).exponential_(generator=generator) ** 2 * 1e-3
+        effects = (does * (1 + 0.3 * torch.randn(150, 10, generator=generator))).repeat_interleave(4, 1).double()
+        p = p_values(effects[:50], effects[50:], groups, 4000, generator=generator)
+        below.append(float((p < 0.05).double().mean()))
+        told += int((holm(p) < 0.05).any())
+    assert sum(below) / 50 == pytest.approx(0.05, abs=0.02)
+    assert told <= 20, "of 50 parts that are extras some one is told in most circuits"
 
 
 def test_extras_that_do_nothing_are_no_smaller_than_rounding(generator):
