@@ -38,7 +38,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.scores import groups_of, mean_of, some_pairs
 from sparse_interp.interventions.ablation import Masks
 from sparse_interp.interventions.edges import EdgeMasks, row_values
-from sparse_interp.interventions.selection import Selection
+from sparse_interp.interventions.selection import EdgeCut, Selection
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.edges import EdgeGate, Matrix
@@ -289,15 +289,19 @@ def _effects(
     """What each part's knock-out adds to the divergence, prompt by prompt, in the order of `selection.measured(1)`."""
     order, gates = list(circuit.kept), _gates(selection.model, circuit)
     nodes = sorted((p for p in (*parts, *extras) if isinstance(p.where, Place)), key=lambda p: order.index(p.where))
-    edges = sorted((p for p in (*parts, *extras) if isinstance(p.where, Matrix)), key=lambda p: p.where.layer)
+    cuts, added = (
+        sorted((p for p in some if isinstance(p.where, Matrix)), key=lambda p: (p.where.layer, p.where.name))
+        for some in (parts, extras)
+    )
     turned = {layer: list(_turned(circuit.kept, some, gates)) for layer, some in _by_layer(nodes)}
-    cut = {layer: _turned(circuit.kept, some, gates) for layer, some in _by_layer(edges)}
+    cut = {layer: [_cut(part, gates) for part in some] for layer, some in _by_layer(cuts)}
+    put_in = {layer: _turned(circuit.kept, some, gates) for layer, some in _by_layer(added)}
     found = {}
     with (
         selection.model.gated_edges(gates),
-        tqdm(total=len(nodes) + len(edges), disable=not progress, desc="knock-outs", unit="run") as bar,
+        tqdm(total=len(nodes) + len(cuts) + len(added), disable=not progress, desc="knock-outs", unit="run") as bar,
     ):
-        for some, without in ((nodes, turned), (edges, cut)):
+        for some, without in ((nodes, turned), (cuts, cut), (added, put_in)):
             divergences = selection.divergences(circuit.kept, without)
             whole = next(divergences).cpu()
             for part, kl in zip(some, divergences, strict=True):
@@ -315,6 +319,13 @@ def _gates(model: HookedModel, circuit: Circuit) -> dict[Matrix, EdgeGate]:
     cut, like = circuit.cut_edges(model), model.embed.W_E
     rows = row_values(model, circuit.baseline) if cut else {}
     return {matrix: EdgeGate((~mask).to(like), rows[matrix].to(like)) for matrix, mask in cut.items()}
+
+
+def _cut(edge: Part, gates: Mapping[Matrix, EdgeGate]) -> EdgeCut:
+    """An edge of the circuit, cut beside what it lacks; those of a matrix run together."""
+    assert isinstance(edge.where, Matrix)
+    gate = gates[edge.where]
+    return EdgeCut(edge.where, (gate.share.shape[0], gate.share.shape[1]), *edge.at, gate.baseline)
 
 
 def _turned(kept: Masks, parts: Iterable[Part], gates: Mapping[Matrix, EdgeGate]) -> Iterator[Masks]:
