@@ -52,6 +52,7 @@ from sparse_interp.interventions.ablation import Ablation as Ablation
 from sparse_interp.interventions.ablation import ablate as ablate
 from sparse_interp.interventions.optimal import learn_baseline as learn_baseline
 from sparse_interp.interventions.interchange import interchange as interchange
+from sparse_interp.interventions.steering import push as push
 from sparse_interp.interventions.steering import steer as steer
 from sparse_interp.interventions.patching import Head as Head
 from sparse_interp.interventions.patching import Receiver as Receiver
@@ -91,6 +92,7 @@ from sparse_interp.faithfulness.exchange import exchange_between_runs as exchang
 from sparse_interp.faithfulness.partial import partial_ablation as partial_ablation
 from sparse_interp.faithfulness.scrubbing import scrub as scrub
 from sparse_interp.faithfulness.recover import recover as recover
+from sparse_interp.bridges.rotated import rotated_twin as rotated_twin
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view
 from sparse_interp.tokens import token_view as token_view

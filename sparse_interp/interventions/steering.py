@@ -1,8 +1,9 @@
-"""Steering: a node is pushed, set or scaled while the model runs.
+"""Steering: a node is pushed, set or scaled while the model runs; or the stream is pushed along a direction.
 
     add      x + amount
     set_to   amount
     scale    amount * x             after AbsTopK, at all positions or at some
+    push     x + direction          the whole stream at one residual site
 
 A `with` block, like every intervention: never in place, nested blocks act from the outer to the inner one.
 """
@@ -17,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.model.dense import AnyModel, hooked
-from sparse_interp.model.sites import Node, Place, check_nodes, flat
+from sparse_interp.model.sites import Node, Place, check_nodes, flat, n_stream_sites, stream_hook
 
 Amount = float | Float[Tensor, " batch"]
 """One number for all prompts, or one for each."""
@@ -58,11 +59,7 @@ def steer(
             f"{', '.join(way for way, _ in given) or 'none'}."
         )
     check_nodes([node], hooked(model).cfg)
-    if positions is not None and not isinstance(positions, Tensor) and any(pos < 0 for pos in positions):
-        raise ConfigError(
-            f"positions={sorted(positions)}: they count from the start, where no padding is; for the end of each "
-            "prompt pass a tensor, batch.last."
-        )
+    _refuse_negative(positions)
     (way, amount) = given[0]
 
     def hook(activation: Tensor, hook: HookPoint) -> Tensor:
@@ -75,6 +72,50 @@ def steer(
 
     with hooked(model).hooks(fwd_hooks=[(Place(node.layer, node.site).hook, hook)]):
         yield model
+
+
+@contextmanager
+def push(
+    model: AnyModel,
+    site: int,
+    direction: Float[Tensor, " d_model"],
+    *,
+    positions: Collection[int] | Int[Tensor, " batch"] | None = None,
+) -> Iterator[AnyModel]:
+    """Inside the block `direction` is added to the stream at a residual site; outside it the model is untouched.
+
+    Args:
+        model: the model, ours or a dense one of TransformerLens.
+        site: 0 before block 0, 2 l + 1 after attention of block l, 2 l + 2 after its MLP.
+        direction: what is added.
+        positions: where, as in `steer`.
+
+    Raises:
+        CircuitError: in the run, for positions or prompts that it has not.
+        ConfigError: for a site or a width that the model has not, or a negative position.
+    """
+    cfg = hooked(model).cfg
+    if not 0 <= site < n_stream_sites(cfg.n_layers) or len(direction) != cfg.d_model:
+        raise ConfigError(
+            f"site {site} is pushed along {len(direction)} channels, and {cfg.model_name!r} has residual sites 0 to "
+            f"{2 * cfg.n_layers} of {cfg.d_model} channels."
+        )
+    _refuse_negative(positions)
+
+    def hook(activation: Tensor, hook: HookPoint) -> Tensor:
+        where = _where(positions, activation[..., 0], hook)[..., None]
+        return torch.where(where, activation + direction.to(activation), activation)
+
+    with hooked(model).hooks(fwd_hooks=[(stream_hook(site), hook)]):
+        yield model
+
+
+def _refuse_negative(positions: Collection[int] | Tensor | None) -> None:
+    if positions is not None and not isinstance(positions, Tensor) and any(pos < 0 for pos in positions):
+        raise ConfigError(
+            f"positions={sorted(positions)}: they count from the start, where no padding is; for the end of each "
+            "prompt pass a tensor, batch.last."
+        )
 
 
 def _per_prompt(

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparse_interp.errors import CircuitError, ConfigError
-from sparse_interp.interventions.steering import steer
+from sparse_interp.interventions.steering import push, steer
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import Node, Place, flat
+from sparse_interp.model.sites import Node, Place, flat, stream_hook
 
 NODE = Node(1, "v", 6)
 
@@ -99,4 +99,35 @@ def test_refusals(plain_model, tokens, given, error, message):
 
 def test_a_node_that_the_model_lacks_is_refused(plain_model):
     with pytest.raises(CircuitError, match="L1.v.99"), steer(plain_model, Node(1, "v", 99), add=1.0):
+        pass
+
+
+@pytest.mark.parametrize("site", range(5))
+def test_a_direction_is_added_to_the_stream_at_its_site_where_it_was_asked_for(any_kind, tokens, site):
+    direction = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    held = {}
+    keep = lambda activation, hook: held.update(x=activation)
+    seen_there = [(stream_hook(site), keep)]
+    with torch.no_grad(), hooked(any_kind).hooks(seen_there):
+        logits = any_kind(tokens)
+    before = held["x"]
+    last = torch.tensor([6, 0, 3])
+    with torch.no_grad(), push(any_kind, site, direction, positions=last), hooked(any_kind).hooks(seen_there):
+        moved = any_kind(tokens)
+    expected = (torch.arange(7) == last[:, None])[..., None] * direction
+    torch.testing.assert_close(held["x"] - before, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(moved, logits, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(any_kind(tokens), logits)
+
+
+def test_a_site_or_width_that_the_model_lacks_is_refused(plain_model):
+    for site, width in ((5, 12), (-1, 12), (0, 11)):
+        message = f"site {site} is pushed along {width} channels, and 'custom' has residual sites 0 to 4 of 12 channels"
+        with pytest.raises(ConfigError, match=message), push(plain_model, site, torch.ones(width)):
+            pass
+    with (
+        pytest.raises(ConfigError, match="pass a tensor, batch.last"),
+        push(plain_model, 0, torch.ones(12), positions=[-1]),
+    ):
         pass
