@@ -25,21 +25,25 @@ import torch
 import typer
 from typer import Argument, Option
 
-from sparse_interp.circuit.describe import Description, describe, page, token_text, token_wires
+from sparse_interp.circuit.describe import Description, describe, token_wires
+from sparse_interp.circuit.drives import token_text
 from sparse_interp.circuit.find import find_circuit
 from sparse_interp.circuit.find_edges import find_edges
 from sparse_interp.circuit.graph import Circuit
+from sparse_interp.circuit.knock_outs import knock_outs
 from sparse_interp.circuit.payload import read_means, read_payload
+from sparse_interp.circuit.readings import read_heads
 from sparse_interp.circuit.released import (
     FORMS,
     ReplayTable,
     answers_of_classes,
     likely_answers,
     released_circuit,
-    released_page,
     replay,
 )
+from sparse_interp.circuit.released_page import released_page
 from sparse_interp.circuit.search import search_circuits
+from sparse_interp.circuit.showing import page
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError, SparseInterpError, TokenizerError
 from sparse_interp.faithfulness.adversarial import AdversarialTable, adversarial_inputs
 from sparse_interp.faithfulness.audit import audit as audit_circuit
@@ -69,7 +73,7 @@ from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, stored_
 from sparse_interp.training.loop import train as train_model
 from sparse_interp.training.recipes import RunConfig, replace_model
 from sparse_interp.training.text import TrainingText, folder_text, python_text, source_of
-from sparse_interp.viewer.page import PageAudit, PageAuditRow
+from sparse_interp.viewer.content import CircuitPage
 
 DONE, FAILED, REFUSED = 0, 1, 2
 TEXT = "text"
@@ -472,17 +476,15 @@ def prune_config(path: Path) -> PruneConfig:
 def show(
     circuit: Annotated[Path, Argument(help="A circuit file; an audit.json beside it is shown too.")],
     model: Annotated[str | None, Option(help="The model, if not the one that the file names.")] = None,
+    compare: Annotated[Path | None, Option(help="Another circuit file, shown beside it in a tab of its own.")] = None,
     seed: Annotated[int, Option(help="Seed of the prompts that contexts are taken from.")] = 2,
     threads: Threads = None,
 ) -> None:
     """Draw CIRCUIT: writes circuit.html, one self-contained page, and circuit.png beside it."""
+    other = None if compare is None else _page_of(compare)
     found, network, prompts, name = _with_its_model(circuit, model, threads)
-    judged = circuit.parent / "audit.json"
-    table = AuditTable.from_json(judged) if judged.exists() else None
-    if table is not None and not table.is_of(found):
-        print(f"{judged} is the audit of another circuit and is left out; audit this one.", file=sys.stderr)
-        table = None
-    _draw(found, network, prompts, name, table, circuit.parent, seed)
+    table = _audit_beside(circuit, found)
+    _draw(found, network, prompts, name, table, circuit.parent, seed, other)
     print(circuit.parent / "circuit.html")
 
 
@@ -572,7 +574,7 @@ def released(
     if out is not None:
         circuit.save(out / CIRCUIT)
         table.save(out / "replay.csv")
-        circuit.to_html(out / "circuit.html", released_page(circuit, published, token_text(network)))
+        circuit.to_html(out / "circuit.html", released_page(circuit, published, token_text(network), rows))
         save_figure(circuit.plot(), out / "circuit.png")
     if tolerance is not None and not table.largest("nats") <= tolerance:
         raise typer.Exit(FAILED)
@@ -754,19 +756,56 @@ def _draw(
     table: AuditTable | None,
     folder: Path,
     seed: int,
+    other: CircuitPage | None = None,
 ) -> Description:
     """circuit.html and circuit.png in `folder`."""
     blocks = zoo.validation_blocks(model)[:CONTEXT_BLOCKS]
-    judged = None
-    if table is not None:
-        rows = [PageAuditRow(**row) for row in table.page_rows()]
-        judged = PageAudit(verdict=table.verdict, passed=table.passed, rows=rows)
-    generator = torch.Generator().manual_seed(seed)
-    batch = prompts.batch(64, split="train", generator=generator)
+    batch = prompts.batch(64, split="train", generator=torch.Generator().manual_seed(seed))
     known = describe(circuit, network, blocks, batch, progress=True)
-    circuit.to_html(folder / "circuit.html", page(circuit, network, batch, known, judged))
+    shown = page(
+        circuit,
+        network,
+        batch,
+        known,
+        None if table is None else table.on_page(),
+        readings=read_heads(circuit, network, batch),
+        knocked=knock_outs(circuit, network, batch, progress=True),
+        other=other,
+        facts=_facts(model),
+    )
+    circuit.to_html(folder / "circuit.html", shown)
     save_figure(circuit.plot(tokens=token_wires(network, circuit, batch)), folder / "circuit.png")
     return known
+
+
+def _facts(model: str) -> dict[str, str | float]:
+    """What the model's card says of its training; nothing if it has none."""
+    card = zoo.model_folder(model) / "card.json"
+    if not card.exists():
+        return {}
+    known = json.loads(card.read_text(encoding="utf-8"))
+    measured = known.get("validation", {})
+    facts = {"loss on held-out text, nats": measured.get("loss_nats"), "tokens trained on": known.get("n_tokens"),
+             "the bigram table alone": measured.get("bigram_loss_nats"), "made by": known.get("command")}  # fmt: skip
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _page_of(path: Path) -> CircuitPage:
+    """A circuit to compare with, as its file and the audit beside it give it."""
+    found = Circuit.load(path)
+    audited = _audit_beside(path, found)
+    title = f"{found.task_name or 'circuit'} in {found.model_name}"
+    return replace(found.bare_page(), title=title, audit=None if audited is None else audited.on_page())
+
+
+def _audit_beside(path: Path, circuit: Circuit) -> AuditTable | None:
+    """The audit.json beside a circuit file, if there is one and it is of this circuit."""
+    judged = path.parent / "audit.json"
+    table = AuditTable.from_json(judged) if judged.exists() else None
+    if table is None or table.is_of(circuit):
+        return table
+    print(f"{judged} is the audit of another circuit and is left out; audit this one.", file=sys.stderr)
+    return None
 
 
 def _tried(

@@ -54,6 +54,15 @@ class Tab:
             time.sleep(0.02)
         self.settle()
 
+    def open_circuit(self, path: Path) -> None:
+        """Open a circuit page, and wait until it has unpacked and drawn itself."""
+        self.open(path)
+        deadline = time.monotonic() + 20
+        while not self.js("document.documentElement.dataset.ready === 'yes'"):
+            assert time.monotonic() < deadline, f"{path.name} did not draw itself"
+            time.sleep(0.02)
+        self.settle()
+
     def settle(self) -> None:
         """Two animation frames: everything that the last input caused has been drawn."""
         self.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))).then(() => 1)")

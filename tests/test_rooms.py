@@ -28,10 +28,10 @@ FLOORS = [
 ]
 """Rooms by floor. Rooms of one floor do not import each other; the modules of one room may."""
 
-PURE = {"viewer/page": {"errors"}}
+PURE = {"viewer/content": set(), "viewer/page": {"errors", "viewer/content"}}
 """Modules that stand on floor 0 whatever their room, with all that they may import.
 
-`viewer/page` turns plain data into HTML and knows nothing of models or circuits. A `Circuit` on floor 5 writes its own
+`viewer/page` turns the plain data of `viewer/content` into HTML and knows nothing of models or circuits. A `Circuit` on floor 5 writes its own
 page through it; were it on floor 8 like the rest of its room, that arrow would point upwards.
 """
 

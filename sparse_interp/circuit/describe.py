@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import pandas as pd
@@ -42,10 +42,10 @@ from sparse_interp.circuit.drives import (
 )
 from sparse_interp.circuit.drives import sentences as sentences_of
 from sparse_interp.circuit.graph import Circuit, token_edges
-from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
+from sparse_interp.circuit.pictures import shown
+from sparse_interp.circuit.spectrum import HistogramTable, Spectrum, SpectrumTable
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.answers import both_sides
-from sparse_interp.model.config import Shape
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import (
     FINAL_SCALE_HOOK,
@@ -56,30 +56,18 @@ from sparse_interp.model.sites import (
     Place,
     flat,
     heads_of,
-    key_of,
     places,
     queries_of,
 )
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
-from sparse_interp.viewer.page import (
-    CircuitPage,
-    PageAudit,
-    PageContext,
-    PagePrompt,
-    PageToken,
-    PageWrite,
-)
 
 N_BEFORE, N_AFTER = 16, 6
 """Tokens shown on either side of the one that a context is for."""
 
 N_TOKENS_IN, N_TOKENS_OUT = 6, 8
 """Tokens drawn at the two ends of a circuit."""
-
-N_WRITERS = 5
-"""Tokens that the page lists as writers of a read's channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +77,6 @@ class ContextTable(Table):
 
     columns: ClassVar[tuple[str, ...]] = (
         "node", "source", "rank", "value", "token", "block", "pos", "pieces", "activations", "at_piece")  # fmt: skip
-
-    def page_contexts(self, node: str) -> list[PageContext]:
-        """The contexts of one node as a page shows them."""
-        rows = self.frame[self.frame.node == node]
-        return [
-            PageContext(pieces=row.pieces, values=row.activations, at=row.at_piece, source=row.source)
-            for row in rows.itertuples()
-        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +127,12 @@ class Description:
 
     contexts: ContextTable
     """Where each node is active, on text and on the task's prompts."""
+
+    spectrum: SpectrumTable
+    """Where each node is high, in between and low on text."""
+
+    histograms: HistogramTable
+    """How its activations on text are distributed."""
 
     effects: EffectTable
     """What writes, neurons, v nodes and final reads do to logits, on the direct path."""
@@ -207,6 +193,7 @@ def describe(
     return Description(
         StatisticsTable(statistics[list(StatisticsTable.columns)]),
         ContextTable(pd.concat(contexts, ignore_index=True)),
+        *on_text.spectrum.tables(names, blocks.cpu(), text),
         EffectTable(effects),
         ReadTable(_strongest(embedding_writes(model, nodes), nodes, text, n_tokens, "weight")),
         wires,
@@ -315,6 +302,9 @@ class _Watched(NamedTuple):
     contexts: pd.DataFrame
     """Rows of a ContextTable."""
 
+    spectrum: Spectrum
+    """The activations that are ranked."""
+
     sums: dict[str, list[float]]
     """Mean, share of tokens that are not zero, mean at the first token, and standard deviation, of every node."""
 
@@ -349,13 +339,14 @@ def _watched(
     tokens = tokens.cpu()
     real = torch.ones_like(tokens) if attention_mask is None else attention_mask
     lengths, n_real = real.sum(1), int(real.sum())
-    strongest, row = _Strongest(len(nodes), n), 0
+    strongest, spectrum, row = _Strongest(len(nodes), n), Spectrum(), 0
     total, nonzero, first, squares = (torch.zeros(len(nodes), dtype=torch.float64) for _ in range(4))
     by = by_groups(tokens, len(nodes))
     with _watching_ends(model) as ends:
         for values in activations(model, nodes, tokens, attention_mask, progress=progress):
             rows = slice(row, row + len(values))
             strongest.add(values, real[rows], row)
+            spectrum.add(values)
             later = real[rows].bool()
             later[:, 0] = False
             for group in by.values():
@@ -377,7 +368,7 @@ def _watched(
     }
     frame = strongest.frame(nodes, tokens, lengths.tolist(), text, source)
     at_embedding = _read_spreads(torch.cat(ends.embeddings)[real.bool()], nodes)
-    return _Watched(frame, {name: values.tolist() for name, values in sums.items()}, by, at_embedding, scale)
+    return _Watched(frame, spectrum, {name: values.tolist() for name, values in sums.items()}, by, at_embedding, scale)
 
 
 class _Ends(NamedTuple):
@@ -492,40 +483,7 @@ def _strongest(
     return pd.DataFrame(rows, columns=["node", "token_id", "token", name])
 
 
-# -- the page ---------------------------------------------------------------------------------------------------------
-
-
-def page(
-    circuit: Circuit,
-    model: AnyModel,
-    batch: TaskBatch,
-    known: Description,
-    audit: PageAudit | None = None,
-) -> CircuitPage:
-    """Everything that the circuit page shows: pass it to `circuit.to_html(path, page)`.
-
-    Args:
-        circuit: what to show.
-        model: the model that it belongs to.
-        batch: prompts of the task: examples, and the tokens at both ends, come from them.
-        known: what `describe(circuit, model, blocks, batch)` found out.
-        audit: what the circuit is worth; without it the page says that nobody measured.
-    """
-    model = hooked(model)
-    wires = token_wires(model, circuit, batch)
-    path = main_path(circuit, wires, edit_is_last=_edit_is_last(batch))
-    bare = circuit.bare_page()
-    return replace(
-        bare,
-        nodes=_full_nodes(circuit, known),
-        edges=[*bare.edges, *page_edges(wires)],
-        tokens=_page_tokens(wires, batch),
-        subtitle=f"Widest path: {path}" if path else "",
-        n_layers=model.cfg.n_layers,
-        summary=_summary(circuit, wires),
-        prompts=_page_prompts(batch, token_text(model)),
-        audit=audit,
-    )
+# -- the ends of a circuit, and the way between them ------------------------------------------------------------------
 
 
 def token_wires(model: AnyModel, circuit: Circuit, batch: TaskBatch) -> pd.DataFrame:
@@ -538,7 +496,7 @@ def token_wires(model: AnyModel, circuit: Circuit, batch: TaskBatch) -> pd.DataF
     outputs = Counter(sides.answer.tolist())
     chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]
     edges = token_edges(model, in_order(circuit), *chosen)
-    if not _edit_is_last(batch):  # what stands elsewhere in a prompt is not what the final read meets
+    if not edit_is_last(batch):  # what stands elsewhere in a prompt is not what the final read meets
         edges = edges[~((edges.kind == "embedding") & edges.target.str.contains("final_re"))]
     text = token_text(model)
     reading = edges.kind == "embedding"
@@ -550,7 +508,7 @@ def token_wires(model: AnyModel, circuit: Circuit, batch: TaskBatch) -> pd.DataF
     )
 
 
-def _edit_is_last(batch: TaskBatch) -> bool:
+def edit_is_last(batch: TaskBatch) -> bool:
     """Whether some pair differs in the token at the answer position."""
     rows = torch.arange(len(batch))
     return bool((batch.clean[rows, batch.last] != batch.corrupt[rows, batch.last]).any())
@@ -612,104 +570,3 @@ def _in_words(node: Node, d_head: int) -> str:
     if node.site in ("q", "k", "v"):
         return f"L{node.layer} head {node.channel // d_head} {node.site} {node.channel}"
     return f"L{node.layer} neuron {node.channel}" if node.site == "neuron" else f"channel {node.channel}"
-
-
-def _page_tokens(wires: pd.DataFrame, batch: TaskBatch) -> list[PageToken]:
-    roles = _token_roles(batch)
-    tokens = {}
-    for row in wires.to_dict("records"):
-        side = row["kind"]
-        end = row["source"] if side == "embedding" else row["target"]
-        role = roles.get(int(end.split(".")[1]), "")
-        tokens[end] = PageToken(id=end, piece=row["piece"], side=side, role=role)
-    return list(tokens.values())
-
-
-def _token_roles(batch: TaskBatch) -> dict[int, str]:
-    """Which tokens belong to the side of the first pair's answer and which to that of its foil.
-
-    In a symmetric task every token is now an answer and now a foil; what stays is which of them go together.
-    """
-    edited = (batch.clean != batch.corrupt).int().argmax(1)
-    rows = torch.arange(len(batch))
-    ours = torch.stack([batch.clean[rows, edited], batch.answer], 1).tolist()
-    theirs = torch.stack([batch.corrupt[rows, edited], batch.foil], 1).tolist()
-    side: dict[int, int] = {}
-    for _ in range(2):  # a pair that joins nothing yet may join something later
-        for here, there in zip(ours, theirs, strict=True):
-            known = [side[t] for t in here if t in side] + [1 - side[t] for t in there if t in side]
-            if known or not side:
-                mine = known[0] if known else 0
-                for token in here:
-                    side.setdefault(token, mine)
-                for token in there:
-                    side.setdefault(token, 1 - mine)
-    return {token: ("answer", "foil")[which] for token, which in side.items()}
-
-
-def _full_nodes(circuit: Circuit, known: Description) -> list:
-    """Page nodes with contexts, effects and statistics."""
-    rows = {row["node"]: row for row in known.statistics.frame.to_dict("records")}
-    effects = {str(node): part for node, part in known.effects.frame.groupby("node")}
-    reads = {str(node): part for node, part in known.reads.frame.groupby("node")}
-    partners = set(rows)
-    nodes = []
-    for node in page_nodes(circuit.nodes):
-        writes = [PageWrite(token=row.token, effect=row.effect) for row in effects.get(node.id, known.effects.frame[:0])
-                  .itertuples()]  # fmt: skip
-        stats = _stats(rows[node.id])
-        if node.site in ("q", "k"):
-            others = _partners(circuit.cfg, Node(node.layer, node.site, node.channel))
-            stats["score partner"] = ", ".join(o if o in partners else f"{o} (not in the circuit)" for o in others)
-        if node.id in reads:
-            written = [f"{shown(row.token)} {row.weight:+.2g}" for row in reads[node.id].head(N_WRITERS).itertuples()]
-            stats["written by tokens"] = " · ".join(written)
-        nodes.append(replace(node, top_contexts=known.contexts.page_contexts(node.id), writes=writes, stats=stats))
-    return nodes
-
-
-def _partners(cfg: Shape, node: Node) -> list[str]:
-    """The k that a q node meets, or every q that a k node meets."""
-    if node.site == "q":
-        return [str(node._replace(site="k", channel=key_of(cfg, node.channel)))]
-    return [str(node._replace(site="q", channel=channel)) for channel in queries_of(cfg, node.channel)]
-
-
-def _stats(row: dict) -> dict[str, str | float | int | None]:
-    """What the panel of one node lists."""
-    stats: dict[str, str | float | int | None] = {
-        "mean on text": row["mean"],
-        "active on text": f"{100 * row['nonzero_frac']:.1f} %",
-        "at first token": row["at_first_token"],
-        "changes at the edit": row["change_at_edit"],
-        "changes at the end": row["change_at_last"],
-    }
-    if not math.isnan(row["attention_to_edit"]):
-        stats["attention, end to edit"] = row["attention_to_edit"]
-    return stats
-
-
-def _summary(circuit: Circuit, wires: pd.DataFrame) -> dict[str, str]:
-    """Headline numbers."""
-    lines = {"nodes": f"{circuit.n_nodes:,}", "edges": f"{circuit.n_edges:,}", "token weights": f"{len(wires):,}"}
-    measured = dict(zip(circuit.scores.measure, circuit.scores.value, strict=True))
-    for label, measure in (
-        ("task loss, circuit", "task loss of circuit"),
-        ("task loss, model", "task loss of model"),
-        ("KL from model", "KL(model || circuit)"),
-    ):
-        if measure in measured:
-            lines[label] = f"{measured[measure]:.3f} nats"
-    return lines
-
-
-def _page_prompts(batch: TaskBatch, text: Text, n: int = 4) -> list[PagePrompt]:
-    """The first pair of each of `n` templates."""
-    chosen = {int(template): row for row, template in reversed(list(enumerate(batch.template.tolist())))}
-    prompts = []
-    for row in sorted(chosen.values())[:n]:
-        length = int(batch.lengths[row])
-        clean, twin = ([text(t) for t in side[row, 1:length].tolist()] for side in (batch.clean, batch.corrupt))
-        answer, foil = text(int(batch.answer[row])), text(int(batch.foil[row]))
-        prompts.append(PagePrompt(pieces=clean, answer=answer, foil=foil, twin=twin))
-    return prompts

@@ -15,7 +15,8 @@ import pandas as pd
 
 from sparse_interp.model.sites import SITES
 from sparse_interp.results import INK, Axes, graph, write_whole
-from sparse_interp.viewer.page import CircuitPage, PageEdge, PageNode, inline_html, render_page
+from sparse_interp.viewer.content import CircuitPage, PageEdge, PageNode
+from sparse_interp.viewer.page import inline_html, render_page
 
 ROW_INCHES, COLUMN_INCHES = 0.27, 0.8
 """Room for one node with its name above it, and for one column."""
@@ -53,6 +54,7 @@ class CircuitPictures:
     nodes: pd.DataFrame
     edges: pd.DataFrame
     model_name: str
+    model_sha256: str
     task_name: str | None
 
     def plot(self, ax: Axes | None = None, tokens: pd.DataFrame | None = None) -> Axes:
@@ -100,7 +102,7 @@ class CircuitPictures:
     def to_html(self, path: Path | str, page: CircuitPage | None = None) -> Path:
         """Write the circuit page, one self-contained file.
 
-        Without `page` it shows nodes, wires and importances; `describe.page` adds contexts, effects and the audit.
+        Without `page` it shows nodes, wires and importances; the page of circuit/showing.py adds all else.
         """
         path = Path(path)
         write_whole(path, render_page(self.bare_page() if page is None else page))
@@ -120,7 +122,8 @@ class CircuitPictures:
             model=self.model_name,
             task=self.task_name or "",
             n_layers=max(layers, default=0) + 1,
-            summary={"nodes": str(len(self.nodes)), "edges": str(n_edges)},
+            summary={"nodes": f"{len(self.nodes):,}", "edges": f"{n_edges:,}"},
+            model_sha256=self.model_sha256,
         )
 
     def _repr_html_(self) -> str:

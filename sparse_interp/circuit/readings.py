@@ -345,6 +345,8 @@ def _sources(head: _Head, node: Node) -> str:
     if node not in head.circuit.node_set:
         return f"held at {head.circuit.baseline.of(node):.3g}" if node.site in head.circuit.sites else "not gated"
     into = head.circuit.edges[head.circuit.edges.target == str(node)]
+    if into.empty:
+        return "no kept read"
     reads = head.alone.nodes[Place(head.layer, "attn_read")][head.batch.attention_mask.cpu().bool()]
     channels = [int(name.rpartition(".")[2]) for name in into.source]
     size = (torch.tensor(into.weight.to_numpy()) * reads[:, channels].double().std(0, correction=0)).abs()

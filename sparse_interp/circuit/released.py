@@ -26,9 +26,8 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import PerPrompt
-from sparse_interp.circuit.describe import N_AFTER, N_BEFORE
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.circuit.payload import Means, Payload, Snippet, TaskSamples
+from sparse_interp.circuit.payload import Means, Payload, TaskSamples
 from sparse_interp.circuit.pictures import PAIR_VALUE
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import Masks, holding_hooks, less
@@ -39,7 +38,6 @@ from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.results import Table
 from sparse_interp.tasks.task import TaskBatch, answer_loss
-from sparse_interp.viewer.page import CircuitPage, PageContext
 
 SIDES = 2
 """Prompts of a pair, whose losses the payload adds; here a loss is a mean over prompts."""
@@ -60,9 +58,6 @@ STORED_LOSS = "stored_loss"
 
 ROWS_AT_ONCE = 16
 """Prompts that run together."""
-
-N_CONTEXTS = 6
-"""Snippets that a page shows of a node, at most."""
 
 _SITE_OF = {loc: site for site, loc in LOCS.items()}
 
@@ -416,31 +411,3 @@ def task_activations(
         for part in tokens.split(ROWS_AT_ONCE):
             model(part.to(model.embed.W_E.device), return_type=None)
     return {loc: torch.cat(parts).permute(2, 0, 1) for loc, parts in found.items() if parts}
-
-
-# -- the page ---------------------------------------------------------------------------------------------------------
-
-
-def released_page(circuit: Circuit, payload: Payload, text: Callable[[int], str]) -> CircuitPage:
-    """The circuit's page with the published snippets of pretraining text in which each node is strongest.
-
-    `text` is what a token id stands for; `describe.token_text(model)` gives it.
-    """
-    n_layers = circuit.cfg.n_layers
-    found = {str(Node(*place_of(loc, n_layers), channel)): part for (loc, channel), part in payload.snippets.items()}
-    bare = circuit.bare_page()
-    nodes = [replace(node, top_contexts=_contexts(found.get(node.id, ()), text)) for node in bare.nodes]
-    return replace(bare, nodes=nodes)
-
-
-def _contexts(snippets: Iterable[Snippet], text: Callable[[int], str]) -> list[PageContext]:
-    """The strongest distinct snippets, cut to what a page has room for."""
-    contexts: dict[tuple, PageContext] = {}
-    for snippet in sorted(snippets, key=lambda s: -abs(float(s.activations[s.at]))):
-        start = max(0, snippet.at - N_BEFORE)
-        part = slice(start, snippet.at + N_AFTER + 1)
-        tokens = snippet.tokens[part].tolist()
-        values = snippet.activations[part].tolist()
-        context = PageContext(pieces=[text(token) for token in tokens], values=values, at=snippet.at - start)
-        contexts.setdefault((*tokens, snippet.at), context)
-    return list(contexts.values())[:N_CONTEXTS]

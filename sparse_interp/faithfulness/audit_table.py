@@ -14,6 +14,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.thresholds import FOUR, GAP, Thresholds
 from sparse_interp.results import Axes, Table, bars_with_intervals, write_whole
+from sparse_interp.viewer.content import PageAudit, PageAuditRow, PageCurve, PageQuestion
 
 FORMAT_VERSION = 2
 
@@ -22,7 +23,7 @@ DECIDING, INFORMING = "test", "shifted"
 
 NOT_RUN, NOT_FOUND = "not run", "not found"
 
-RANDOM, SIZE = "random circuits", "size at the same agreement"
+RANDOM, SIZE, SIZES = "random circuits", "size at the same agreement", "sizes"
 
 FAITHFUL, INCOMPLETE = "faithful on what was tested", "incomplete"
 
@@ -152,16 +153,31 @@ class AuditTable(Table):
         ax.set_title(self.verdict.split(":")[0].split(";")[0])
         return ax
 
-    def page_rows(self) -> list[dict[str, Any]]:
-        """The rows as the fields of a circuit page's audit rows; numbers that do not exist are None."""
-        return [
-            {
-                "measure": f"{row['measure']} ({row['unit']})" if row["unit"] else row["measure"],
+    def on_page(self) -> PageAudit:
+        """The audit as a circuit page shows it: verdict, its four things, every row, and circuits of every size."""
+        rows = [
+            PageAuditRow(
+                measure=f"{row['measure']} ({row['unit']})" if row["unit"] else row["measure"],
                 **{key: row[key] for key in ("condition", "value", "low", "high", "split", "passed", "note")},
-                "n": row["n_prompts"],
-            }
+                about=row["about"],
+                decides=row["decides"],
+                n=row["n_prompts"],
+            )
             for row in _plain(self.frame)
         ]
+        sizes = self.details.get(SIZES, pd.DataFrame())
+        curves = [] if sizes.empty else [
+            PageCurve(title="Circuits of every size", x="nodes", y="share of the model's logit difference",
+                      points=list(zip(sizes.n_nodes.tolist(), sizes.faithfulness.tolist(), strict=True)), log_x=True)
+        ]  # fmt: skip
+        return PageAudit(
+            verdict=self.verdict,
+            passed=self.passed,
+            rows=rows,
+            headline=self.headline,
+            questions=[PageQuestion(**row) for row in self.four.frame.to_dict("records")],
+            curves=curves,
+        )
 
     # -- its file -----------------------------------------------------------------------------------------------------
 

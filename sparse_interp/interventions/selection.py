@@ -64,6 +64,9 @@ class EdgeCut(NamedTuple):
 Candidate = Masks | EdgeCut
 """What is kept, or which edge is cut beside what is not."""
 
+Outcome = Callable[[AnswerLogits, AnswerLogits, TaskBatch], Tensor]
+"""From the model's answer logits, a candidate's and the prompts: a number, or several, for each prompt."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -185,11 +188,17 @@ class Selection:
         for kl in found:
             yield kl.mean().item() - whole
 
-    @torch.no_grad()
     def divergences(
         self, kept: Masks, without: Mapping[int, Iterable[Candidate]], every: int = 1
     ) -> Iterator[PerPrompt]:
-        """KL(model || circuit) of `kept`, then of each of `without`, layer by layer, on the prompts `measured(every)`.
+        """KL(model || circuit) of `kept`, then of each of `without`; see `outcomes`."""
+        return self.outcomes(kl_divergence, kept, without, every)
+
+    @torch.no_grad()
+    def outcomes(
+        self, measure: Outcome, kept: Masks, without: Mapping[int, Iterable[Candidate]], every: int = 1
+    ) -> Iterator[Tensor]:
+        """What `measure` says of `kept`, then of each of `without`, layer by layer, on the prompts `measured(every)`.
 
         `without` holds, under the number of a layer, what is kept when something of that layer is knocked out too, or
         added: the layers before it are run once for all of them. Candidates in a sequence that differ from `kept` in
@@ -202,7 +211,7 @@ class Selection:
             with self._holding(_stacked(kept, candidates), chunk), _cutting(model, candidates, chunk.packing):
                 logits = answer_logits(model, chunk.batch, resid, layer, chunk.packing)
             reference = self.reference[chunk.rows]
-            return [kl_divergence(reference, one, chunk.batch) for one in logits.chunk(len(candidates))]
+            return [measure(reference, one, chunk.batch) for one in logits.chunk(len(candidates))]
 
         def stream(chunk: _Chunk, layer: int) -> Resid | None:
             with self._holding(kept, chunk):

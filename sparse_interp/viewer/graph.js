@@ -21,21 +21,23 @@ function shapeOf(vertex) {
 }
 
 /** Draws `model` into the stage and keeps it in step with the reader. `on` is told of hover, focus and pinning. */
-function createGraph(stage, model, on) {
+function createGraph(stage, model, on, name = "main") {
   const svg = d3.select(stage).append("svg").attr("class", "graph").attr("role", "group")
-    .attr("aria-label", "The circuit, from token embeddings on the left to the output on the right")
+    .attr("aria-label", `The circuit ${model.data.title}, from token embeddings on the left to the output on the right`)
     .attr("aria-describedby", "graph-help");
-  addMarkers(svg.append("defs"));
+  addMarkers(svg.append("defs"), name);
   const world = svg.append("g").attr("class", "world");
-  const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "nodes", "railNames"].map(
-    (name) => [name, world.append("g").attr("class", name)]));
+  const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "hot-edges", "nodes", "railNames"].map(
+    (part) => [part, world.append("g").attr("class", part)]));
   const heading = svg.append("g").attr("class", "heading").attr("aria-hidden", "true");
-  const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false };
+  const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false, shown: null,
+    pinned: null, matches: null, out: new Set(), shared: new Set() };
 
   const zoom = d3.zoom().scaleExtent([0.12, 8]).filter(wantsZoom).on("zoom", (event) => {
+    const zoomed = event.transform.k !== state.transform.k;
     state.transform = event.transform;
     state.moved = state.moved || event.sourceEvent !== null;
-    applyTransform();
+    applyTransform(zoomed);
   });
   svg.call(zoom).on("dblclick.zoom", null);
 
@@ -45,11 +47,14 @@ function createGraph(stage, model, on) {
     drawBlocks(layers.blocks, state.layout);
     drawRails(layers.rails, layers.railNames, state.layout);
     drawHeads(layers.heads, state.layout);
-    drawEdges(layers.edges, model, state.layout, on);
     drawNodes(layers.nodes, model, on, { moveFrom, focused: (vertex) => { setRoving(vertex.id); reveal(vertex); } });
     setRoving(state.roving || startVertex(model).id);
-    refreshEdges();
+    markPinned(state.pinned);
+    markMatches(state.matches);
+    markShared(state.shared);
+    markOut(state.out);
     fit(false);
+    applyTransform(true);
   }
 
   function size() {
@@ -63,8 +68,8 @@ function createGraph(stage, model, on) {
     const k = Math.min(width / layout.width, room / layout.height, 1.15);
     const x = (width - layout.width * k) / 2;
     const y = HEADER_HEIGHT + (room - layout.height * k) / 2;
-    state.moved = false;
     moving(animated).call(zoom.transform, d3.zoomIdentity.translate(x, y).scale(k));
+    state.moved = false;
   }
 
   function moving(animated) {
@@ -72,20 +77,25 @@ function createGraph(stage, model, on) {
     return still ? svg : svg.transition().duration(260);
   }
 
-  function applyTransform() {
-    const { x, y, k } = state.transform;
+  /** Sizes that follow the zoom are set when it changes and at no other time: moving a large graph costs one attribute. */
+  function applyTransform(zoomed) {
+    const { x, k } = state.transform;
     world.attr("transform", state.transform);
-    svg.style("--k", k);
-    svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
-    svg.classed("far", k < 0.5);
-    svg.classed("rails-named", state.layout.railGap * k >= 12.5);
+    if (zoomed) {
+      svg.style("--k", k);
+      svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
+      svg.classed("far", k < 0.5);
+      svg.classed("rails-named", state.layout.railGap * k >= 12.5);
+    }
     layers.railNames.selectAll("text").attr("x", (rail) => Math.max(rail.start, (6 - x) / k));
     drawHeading(heading, state.layout, state.transform, size().width);
   }
 
   function setRoving(id) {
+    const at = (one) => layers.nodes.selectAll("g.vertex").filter((vertex) => vertex.id === one);
+    if (state.roving !== null) at(state.roving).attr("tabindex", -1);
     state.roving = id;
-    layers.nodes.selectAll("g.vertex").attr("tabindex", (vertex) => (vertex.id === id ? 0 : -1));
+    at(id).attr("tabindex", 0);
   }
 
   /** Pans just enough that the focused vertex is in view. */
@@ -108,39 +118,82 @@ function createGraph(stage, model, on) {
 
   /** Light up one vertex (or none) and what it is joined to; everything else steps back. */
   function highlight(id) {
-    const near = id === null ? null : new Set([id]);
-    if (near) for (const edge of model.incident(id)) if (!edge.off) near.add(edge.source).add(edge.target);
-    svg.classed("has-focus", near !== null);
-    layers.nodes.selectAll("g.vertex").classed("hot", (vertex) => near !== null && near.has(vertex.id))
-      .classed("centre", (vertex) => vertex.id === id);
-    layers.edges.selectAll("path").classed("hot", (edge) => near !== null && (edge.source === id || edge.target === id));
-    const channels = new Set([...(near || [])].map((name) => model.vertex(name)).filter(onRail).map((v) => v.channel));
+    if (id === state.shown) return;
+    state.shown = id;
+    const joined = id === null ? [] : model.incident(id).filter(isDrawn);
+    const near = new Set(joined.flatMap((edge) => [edge.source, edge.target]));
+    if (id !== null) near.add(id);
+    svg.classed("has-focus", id !== null && !state.out.has(id));
+    layers.nodes.selectAll("g.vertex.hot").classed("hot", false).classed("centre", false);
+    if (id !== null) layers.nodes.selectAll("g.vertex").filter((vertex) => near.has(vertex.id)).classed("hot", true).classed("centre", (vertex) => vertex.id === id);
+    drawEdges(layers["hot-edges"], model, joined, state.layout, name);
+    const channels = new Set([...near].map((one) => model.vertex(one)).filter(onRail).map((v) => v.channel));
     layers.railNames.selectAll("text").classed("hot", (rail) => channels.has(rail.channel));
     layers.rails.selectAll("line").classed("hot", (rail) => channels.has(rail.channel));
   }
 
+  /** An edge that the reader asked to see, between nodes that are both there. */
+  function isDrawn(edge) {
+    return !edge.off && !state.out.has(edge.source) && !state.out.has(edge.target);
+  }
+
   function markPinned(id) {
+    state.pinned = id;
     layers.nodes.selectAll("g.vertex").classed("pinned", (vertex) => vertex.id === id)
       .attr("aria-pressed", (vertex) => String(vertex.id === id));
   }
 
   function markMatches(ids) {
+    state.matches = ids;
     svg.classed("searching", ids !== null);
     layers.nodes.selectAll("g.vertex").classed("match", (vertex) => ids !== null && ids.has(vertex.id));
   }
 
-  /** Hide what the reader asked not to see; a vertex that keeps no wire fades. */
-  function refreshEdges() {
-    layers.edges.selectAll("path").classed("off", (edge) => edge.off);
-    const joined = new Set(model.edges.filter((edge) => !edge.off).flatMap((edge) => [edge.source, edge.target]));
-    layers.nodes.selectAll("g.vertex").classed("idle", (vertex) => !joined.has(vertex.id));
+  /** Cross out what is knocked out, and take its wires away. */
+  function markOut(ids) {
+    state.out = ids;
+    layers.nodes.selectAll("path.cross").remove();
+    layers.nodes.selectAll("g.vertex").classed("out", (vertex) => ids.has(vertex.id)).filter((vertex) => ids.has(vertex.id))
+      .append("path").attr("class", "cross").attr("d", ({ radius: r }) => `M${-r - 4},${-r - 4}L${r + 4},${r + 4}M${-r - 4},${r + 4}L${r + 4},${-r - 4}`);
+    refreshEdges();
   }
 
-  return { draw, fit, focus, highlight, markPinned, markMatches, refreshEdges,
+  /** A ring around nodes that another circuit has too. */
+  function markShared(ids) {
+    state.shared = ids;
+    layers.nodes.selectAll("g.vertex").classed("shared", (vertex) => ids.has(vertex.id));
+  }
+
+  /** Draw what the reader asked to see; a vertex that keeps no wire fades. */
+  function refreshEdges() {
+    if (!state.layout) return;
+    const drawn = model.edges.filter(isDrawn);
+    drawEdges(layers.edges, model, withoutCovered(drawn, model), state.layout, name);
+    const joined = new Set(drawn.flatMap((edge) => [edge.source, edge.target]));
+    layers.nodes.selectAll("g.vertex").classed("idle", (vertex) => !joined.has(vertex.id)).classed("off", (vertex) => Boolean(vertex.off));
+    const shown = state.shown;
+    state.shown = undefined;
+    highlight(shown ?? null);
+  }
+
+  layers.edges.on("pointerover", (event) => on.hoverEdge(d3.select(event.target).datum(), event)).on("pointerout", () => on.hoverEdge(null));
+
+  return { draw, fit, focus, highlight, markPinned, markMatches, markOut, markShared, refreshEdges,
     reveal: (id) => reveal(model.vertex(id)),
     zoomBy: (factor) => moving(true).call(zoom.scaleBy, factor),
     screenPoint: (vertex) => state.transform.apply([vertex.x, vertex.y]),
     resized: () => { if (state.layout && !state.moved) draw(); } };
+}
+
+/** Identities along a rail lie on each other: of those that leave one write, the one that goes furthest covers the rest. */
+function withoutCovered(edges, model) {
+  const furthest = new Map();
+  for (const edge of edges) {
+    if (edge.kind !== "residual") continue;
+    const best = furthest.get(edge.source);
+    if (!best || model.vertex(edge.target).x > model.vertex(best.target).x) furthest.set(edge.source, edge);
+  }
+  return edges.filter((edge) => edge.kind !== "residual" || furthest.get(edge.source) === edge);
 }
 
 /** Inside another page a plain wheel belongs to that page's scrolling; there, zooming takes Ctrl or ⌘. */
@@ -157,18 +210,19 @@ function startVertex(model) {
 
 /** Up and down within the column, left and right to the nearest of the next column: every vertex can be reached. */
 function neighbourInDirection(columns, vertex, key) {
-  const column = vertex.column, rank = column.vertices.indexOf(vertex), at = columns.indexOf(column);
-  if (key === "ArrowUp" || key === "ArrowDown") return column.vertices[rank + (key === "ArrowUp" ? -1 : 1)];
-  if (key === "Home") return columns[0].vertices[0];
-  if (key === "End") return columns.at(-1).vertices.at(-1);
-  const next = columns[at + (key === "ArrowLeft" ? -1 : 1)];
-  return next && next.vertices.reduce((best, other) => (Math.abs(other.y - vertex.y) < Math.abs(best.y - vertex.y) ? other : best));
+  const there = columns.map((column) => column.vertices.filter((other) => !other.off || other === vertex)).filter((list) => list.length);
+  const at = there.findIndex((list) => list.includes(vertex)), rank = there[at].indexOf(vertex);
+  if (key === "ArrowUp" || key === "ArrowDown") return there[at][rank + (key === "ArrowUp" ? -1 : 1)];
+  if (key === "Home") return there[0][0];
+  if (key === "End") return there.at(-1).at(-1);
+  const next = there[at + (key === "ArrowLeft" ? -1 : 1)];
+  return next && next.reduce((best, other) => (Math.abs(other.y - vertex.y) < Math.abs(best.y - vertex.y) ? other : best));
 }
 
-function addMarkers(defs) {
+function addMarkers(defs, name) {
   const shapes = { positive: "M0,0.8L7.5,4L0,7.2Z", negative: "M4.6,0H7V8H4.6Z" };
   for (const [sign, d] of Object.entries(shapes)) {
-    defs.append("marker").attr("id", `end-${sign}`).attr("class", `end ${sign}`).attr("viewBox", "0 0 8 8")
+    defs.append("marker").attr("id", `end-${sign}-${name}`).attr("class", `end ${sign}`).attr("viewBox", "0 0 8 8")
       .attr("refX", 6.5).attr("refY", 4).attr("markerWidth", 8).attr("markerHeight", 8)
       .attr("markerUnits", "userSpaceOnUse").attr("orient", "auto").append("path").attr("d", d);
   }
@@ -203,17 +257,15 @@ function isWeight(edge) {
 }
 
 /** Strong wires are drawn last, so that weak ones never cover them. */
-function drawEdges(group, model, layout, on) {
-  const start = layout.rails.length ? layout.rails[0].start : 0;
-  const drawn = [...model.edges].sort((a, b) => isWeight(a) - isWeight(b) || a.share - b.share);
+function drawEdges(group, model, edges, layout, name) {
+  const start = layout && layout.rails.length ? layout.rails[0].start : 0;
+  const drawn = [...edges].sort((a, b) => isWeight(a) - isWeight(b) || a.share - b.share);
   group.selectAll("path").data(drawn, (edge) => edge.index).join("path")
     .attr("class", (edge) => `edge ${edge.kind} ${isWeight(edge) ? signOf(edge) : "plain"}`)
     .attr("d", (edge) => edgePath(edge, model, start))
     .attr("stroke-width", (edge) => (isWeight(edge) ? 0.9 + 3.6 * edge.share : null))
-    .attr("marker-end", (edge) => (isWeight(edge) ? `url(#end-${signOf(edge)})` : null))
-    .on("pointerenter", (event, edge) => on.hoverEdge(edge, event))
-    .on("pointerleave", () => on.hoverEdge(null));
-  group.selectAll("path").order();
+    .attr("marker-end", (edge) => (isWeight(edge) ? `url(#end-${signOf(edge)}-${name})` : null))
+    .order();
 }
 
 function signOf(edge) {
@@ -275,7 +327,7 @@ function outline(vertex, extra) {
 /** Layer and column names over the graph: they follow sideways and zoom, never up and down. */
 function drawHeading(group, layout, { x, k }, width) {
   const across = (value) => x + k * value;
-  const named = blockNames(layout.blocks, k);
+  const named = blockNames(layout.blocks, k), columns = columnNames(layout.columns, k);
   group.selectAll("rect").data([0]).join("rect").attr("class", "strip").attr("width", width).attr("height", HEADER_HEIGHT);
   group.selectAll("text.block-name").data(named).join("text").attr("class", "block-name")
     .attr("x", ({ block }) => across(middle(block))).attr("y", 18)
@@ -284,13 +336,25 @@ function drawHeading(group, layout, { x, k }, width) {
     .attr("x1", (b) => across(b.x)).attr("x2", (b) => across(b.x + b.width)).attr("y1", 25).attr("y2", 25);
   group.selectAll("text.column-name").data(layout.columns).join("text").attr("class", "column-name")
     .attr("x", (c) => across(c.x)).attr("y", (c) => (c.layer === null ? 28 : 40))
-    .text((c) => columnName(c, c.width * k + 6));
+    .text((c, i) => columns[i]);
 }
 
-function columnName(column, room) {
-  const names = [COLUMN_NAMES[column.site], SHORT_COLUMN_NAMES[column.site] || ""];
-  return names.find((name) => name.length * 6.2 < room) || "";
+/** Names of columns that leave room to both neighbours: no name is wider than the way to the next. Columns of blocks are
+ * all named in one style, the longest that fits everywhere; in the shortest, a name without room is left out. */
+function columnNames(columns, k) {
+  const apart = (i, j) => (columns[j] ? Math.abs(columns[i].x - columns[j].x) * k : Infinity);
+  const fits = (name, i) => name.length * COLUMN_LETTER <= Math.min(apart(i, i - 1), apart(i, i + 1)) - 5;
+  const spelt = (column, style) => COLUMN_STYLES.slice(0, style + 1).findLast((names) => names[column.site])[column.site];
+  const styles = [...COLUMN_STYLES.keys()];
+  const inBlocks = styles.find((style) => columns.every((column, i) => column.layer === null || fits(spelt(column, style), i))) ?? styles.at(-1);
+  return columns.map((column, i) => {
+    const names = (column.layer === null ? styles : [inBlocks]).map((style) => spelt(column, style));
+    return names.find((name) => fits(name, i)) || "";
+  });
 }
+
+/** Pixels that a letter of a column's name takes at most, on average over a word. */
+const COLUMN_LETTER = 6.6;
 
 const BLOCK_NAMES = [
   (block) => `Layer ${block.layer} · ${block.kind}`,

@@ -3,11 +3,13 @@
 // order of the rails and the height of everything that is not on one; both follow their neighbours.
 
 const BLOCK_SITES = ["attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write"];
-const COLUMN_NAMES = {
-  attn_read: "read", q: "q", k: "k", v: "v", attn_write: "write", mlp_read: "read", neuron: "neurons",
-  mlp_write: "write", final_read: "final read", embedding: "tokens in", unembedding: "tokens out",
-};
-const SHORT_COLUMN_NAMES = { neuron: "neur.", final_read: "final", embedding: "in", unembedding: "out" };
+/** What columns are called, in full and shorter; a style names what it shortens. */
+const COLUMN_STYLES = [
+  { attn_read: "read", q: "q", k: "k", v: "v", attn_write: "write", mlp_read: "read", neuron: "neurons",
+    mlp_write: "write", final_read: "final read", embedding: "tokens in", unembedding: "tokens out" },
+  { neuron: "neur.", final_read: "final", embedding: "in", unembedding: "out" },
+  { attn_read: "r", attn_write: "w", mlp_read: "r", mlp_write: "w", neuron: "n", final_read: "f" },
+];
 /** Widths of columns, in units of an ordinary one: q, k and v of a head stand close together. */
 const COLUMN_WIDTHS = { q: 0.5, k: 0.5, v: 0.62, embedding: 1.15, unembedding: 1.25 };
 const MARGIN = { top: 26, right: 26, bottom: 30, left: 18 };

@@ -2,13 +2,13 @@
 
     page  =  template( style, graph library, script, JSON( payload ) )
 
-`CircuitPage` says what a page can show; everything but its nodes is optional. `render_page` turns it into text and
-`inline_html` into a cell of a notebook. The file needs no network and no server, and equal payloads give equal bytes.
+`CircuitPage` (viewer/content.py) says what a page can show. `render_page` turns it into text and `inline_html` into a
+cell of a notebook. The file needs no network and no server, and equal payloads give equal bytes.
 
 Three promises, and where each is kept:
 
-    token text stays text   the payload is JSON with `<`, `>`, `&` and line separators escaped; the script writes text
-                            nodes only; the policy in the page's head runs no script but ours, known by hash
+    token text stays text   the payload is compressed JSON in letters and digits; the script writes text nodes only; the
+                            policy in the page's head runs no script but ours, known by hash
     no request leaves       the same policy forbids every source but the page itself
     same input, same bytes  no time, no random id, no dictionary order that the caller did not choose
 
@@ -23,22 +23,16 @@ import hashlib
 import html
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
 
 from sparse_interp.errors import CircuitError
-
-Number = float | int
-
-SITES = ("attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write", "final_read")
-"""The sites that the page has a column for, in the order of the forward pass."""
-
-EDGE_KINDS = ("weight", "residual", "attention", "embedding", "unembedding")
-"""Weights within a block; identity along a rail; q and k to the write; token to channel; channel to token."""
+from sparse_interp.viewer.content import EDGE_KINDS, SITES, CircuitPage, PageContext, PageNode, PageWrite
 
 VENDORED = (
     "d3-color",
@@ -53,212 +47,32 @@ VENDORED = (
 )
 """The graph library's modules, each after those that it needs."""
 
-SCRIPTS = ("text.js", "layout.js", "graph.js", "panel.js", "page.js")
+SCRIPTS = (
+    "text.js",
+    "model.js",
+    "layout.js",
+    "graph.js",
+    "tables.js",
+    "panel.js",
+    "prompts.js",
+    "audit.js",
+    "views.js",
+    "compare.js",
+    "exports.js",
+    "controls.js",
+    "page.js",
+)
 """The page's own script, in the order in which its parts build on each other."""
 
-SIGNIFICANT_DIGITS = 4
-"""Digits kept of every number in a page: what a reader can use, and far fewer bytes than a float's 17."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageContext:
-    """A stretch of text, with one node's activation at each of its tokens."""
-
-    pieces: Sequence[str]
-    """The text of each token, in order."""
-
-    values: Sequence[Number]
-    """The node's activation at each token, as many as there are pieces."""
-
-    at: int
-    """Index of the token that this context is shown for."""
-
-    source: str = "text"
-    """Where the stretch is from: "text" or "task"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageWrite:
-    """What a node does to one token's logit."""
-
-    token: str
-    """The token's text."""
-
-    effect: Number
-    """Change of the token's logit per unit of the node's activation, in logits; above 0 promotes it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageNode:
-    """One node of the circuit and what is known of it."""
-
-    id: str
-    """Unique in the page, such as "L0.neuron.123"."""
-
-    layer: int
-    """Block that the node is in, from 0; `final_read` has the number of layers."""
-
-    site: str
-    """One of `SITES`."""
-
-    channel: int
-    """Index within the site; at reads and writes this is the residual channel, hence the rail."""
-
-    head: int | None = None
-    """Attention head of a q, k or v node."""
-
-    importance: Number | None = None
-    """How much the task suffers without this node, in any unit of at least 0; drawn relative to the largest."""
-
-    baseline: Number | None = None
-    """The value that the node is held at when it is not part of a circuit, in units of its activation."""
-
-    top_contexts: Sequence[PageContext] = ()
-    """Stretches of text that activate the node, strongest first."""
-
-    writes: Sequence[PageWrite] = ()
-    """Tokens that the node promotes and suppresses, in any order."""
-
-    stats: Mapping[str, str | Number | None] = field(default_factory=dict)
-    """Label to number or words, listed in this order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageToken:
-    """A token that the circuit reads (embedding) or decides about (unembedding)."""
-
-    id: str
-    """Unique in the page, also among the nodes, such as "in.34"; edges join tokens by it."""
-
-    piece: str
-    """The token's text."""
-
-    side: str
-    """ "embedding" draws the token at the start of the graph, "unembedding" at its end."""
-
-    role: str = ""
-    """What the token is to the task: "answer", "foil" or nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageEdge:
-    """A wire between two nodes, or between a token and a node."""
-
-    source: str
-    """Id of the node or token that the wire leaves."""
-
-    target: str
-    """Id of the node or token that the wire enters."""
-
-    weight: Number = 1
-    """The weight, or what the page's `edge_value` says; residual and attention wires leave it at 1."""
-
-    kind: str = "weight"
-    """One of `EDGE_KINDS`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PagePrompt:
-    """One prompt of the task, beside its twin."""
-
-    pieces: Sequence[str]
-    """The text of each token of the prompt."""
-
-    answer: str
-    """The token that should come next."""
-
-    foil: str
-    """The token that it is measured against."""
-
-    twin: Sequence[str] = ()
-    """The minimally edited prompt whose next token is the foil; may be left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageAuditRow:
-    """One measurement of the audit."""
-
-    measure: str
-    """What was measured, such as "sufficiency"."""
-
-    condition: str
-    """What it was measured on, such as "circuit" or "random circuit of equal size"."""
-
-    value: Number | None
-    """The measurement; None when it was not run."""
-
-    low: Number | None = None
-    """Lower end of its interval."""
-
-    high: Number | None = None
-    """Upper end of its interval."""
-
-    n: int | None = None
-    """Prompts (or draws) behind it."""
-
-    split: str = ""
-    """Split of the task that the prompts are from."""
-
-    passed: bool | None = None
-    """Whether the row meets its bound; None for a row that is there for comparison, or was not run."""
-
-    note: str = ""
-    """The bound, or why the row was not run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageAudit:
-    """The audit that travels with the circuit."""
-
-    verdict: str
-    """The verdict in words."""
-
-    passed: bool | None
-    """Whether the circuit passed; None when the audit reached no verdict."""
-
-    rows: Sequence[PageAuditRow] = ()
-    """Every measurement, controls beside claims."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircuitPage:
-    """Everything that a circuit page shows. Only `nodes` is required."""
-
-    nodes: Sequence[PageNode]
-    """The circuit's nodes, in any order."""
-
-    edges: Sequence[PageEdge] = ()
-    """Wires between nodes and tokens; the count in the page is of kind "weight" alone."""
-
-    edge_value: str = "weight"
-    """What the number of an edge is, where it is no weight."""
-
-    tokens: Sequence[PageToken] = ()
-    """Tokens drawn at the ends of the graph."""
-
-    title: str = "Circuit"
-    """The page's heading."""
-
-    subtitle: str = ""
-    """One sentence under the heading."""
-
-    model: str = ""
-    """Name of the model."""
-
-    task: str = ""
-    """Name of the task."""
-
-    n_layers: int | None = None
-    """Blocks of the model."""
-
-    summary: Mapping[str, str] = field(default_factory=dict)
-    """Headline numbers, label to value, in order; three to six read well."""
-
-    prompts: Sequence[PagePrompt] = ()
-    """Examples of the task."""
-
-    audit: PageAudit | None = None
-    """The audit; without one the page says, where nobody can miss it, that the circuit was not audited."""
+SIGNIFICANT_DIGITS, ACTIVATION_DIGITS = 4, 3
+"""Digits kept of every number in a page, and of activations token by token: what a reader can use, and far fewer bytes
+than a float's 17."""
+
+TEXTS = ("pieces", "twin")
+"""Fields that hold the texts of tokens, of which a page stores each distinct one once."""
+
+TOKEN_BY_TOKEN = ("values", "on_prompts", "attention", "in_circuit", "positions")
+"""Fields that hold a number for every token."""
 
 
 def render_page(page: CircuitPage) -> str:
@@ -274,7 +88,7 @@ def render_page(page: CircuitPage) -> str:
         vendor=Markup(vendor),
         script=Markup(script),
         style=Markup(style),
-        data=Markup(embed_json(page_data(page))),
+        data=packed(embed_json(page_data(page))),
     )
 
 
@@ -298,10 +112,15 @@ def check_page(page: CircuitPage) -> None:
     if len(known) < len(ids):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         raise CircuitError(f"Ids of nodes and tokens must be unique in a page; used twice: {_listed(twice)}.")
+    lengths = [(len(prompt.pieces), len(prompt.twin)) for prompt in page.prompts]
     for node in page.nodes:
         _check_choice(f"node {node.id!r}", "site", node.site, SITES)
         for context in node.top_contexts:
             _check_context(node, context)
+        _check_on_prompts(f"node {node.id!r}", node.on_prompts, lengths)
+    for head in page.heads:
+        for values in (head.attention, head.in_circuit):
+            _check_on_prompts(f"head {head.layer}.{head.head}", values, lengths)
     for token in page.tokens:
         _check_choice(f"token {token.id!r}", "side", token.side, ("embedding", "unembedding"))
     for edge in page.edges:
@@ -311,27 +130,49 @@ def check_page(page: CircuitPage) -> None:
                 f"Edge {edge.source!r} -> {edge.target!r} ends at {_listed(missing)}, which is no node or token of "
                 f"this page ({len(page.nodes)} nodes, {len(page.tokens)} tokens). Add it, or leave the edge out."
             )
+    if page.other is not None:
+        check_page(page.other)
 
 
 def page_data(page: CircuitPage) -> dict[str, Any]:
     """The payload as plain JSON values: numbers shortened, and each distinct token text stored once."""
     table: dict[str, int] = {}
 
-    def index_of(pieces: Iterable[str]) -> list[int]:
-        return [table.setdefault(piece, len(table)) for piece in pieces]
+    def plain(value: Any) -> Any:
+        if isinstance(value, CircuitPage):
+            return as_dict(value) | {"edges": _edges_by_number(value)}
+        if isinstance(value, PageWrite):
+            return [table.setdefault(value.token, len(table)), value.effect]
+        if is_dataclass(value):
+            return as_dict(value)
+        if isinstance(value, Mapping):
+            return list(value.items())  # in the order that the caller chose
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    data = {
-        "title": page.title, "subtitle": page.subtitle, "model": page.model, "task": page.task,
-        "n_layers": page.n_layers, "edge_value": page.edge_value, "summary": list(page.summary.items()),
-        "nodes": [_node_data(node, index_of) for node in page.nodes],
-        "tokens": [vars(token) for token in page.tokens],
-        "edges": [[edge.source, edge.target, edge.weight, edge.kind] for edge in page.edges],
-        "prompts": [
-            vars(prompt) | {"pieces": index_of(prompt.pieces), "twin": index_of(prompt.twin)} for prompt in page.prompts
-        ],
-        "audit": None if page.audit is None else vars(page.audit) | {"rows": [vars(row) for row in page.audit.rows]},
-    }  # fmt: skip
-    return shortened(data | {"pieces": list(table)})
+    def as_dict(value: Any) -> dict[str, Any]:
+        found = {}
+        for name in (field.name for field in fields(value)):
+            item = getattr(value, name)
+            if name in TEXTS:
+                found[name] = [table.setdefault(piece, len(table)) for piece in item]
+            elif name in TOKEN_BY_TOKEN:
+                found[name] = shortened(item, ACTIVATION_DIGITS)
+            elif name != "edges":
+                found[name] = plain(item)
+        return found
+
+    return shortened(plain(page) | {"pieces": list(table)})
+
+
+def _edges_by_number(page: CircuitPage) -> list[list[Any]]:
+    """Source, target, weight and kind of every edge: vertices and kinds by their place in their lists."""
+    number = {vertex.id: i for i, vertex in enumerate((*page.nodes, *page.tokens))}
+    return [[number[e.source], number[e.target], e.weight, EDGE_KINDS.index(e.kind)] for e in page.edges]
+
+
+def packed(text: str) -> str:
+    """`text` compressed, in letters: a third of its size, and nothing that a parser of HTML could take for markup."""
+    return base64.b64encode(zlib.compress(text.encode("ascii"), 9)).decode("ascii")
 
 
 def embed_json(data: dict[str, Any]) -> str:
@@ -344,25 +185,16 @@ def embed_json(data: dict[str, Any]) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _node_data(node: PageNode, index_of: Any) -> dict[str, Any]:
-    contexts = [
-        {"pieces": index_of(shown.pieces), "values": list(shown.values), "at": shown.at, "source": shown.source}
-        for shown in node.top_contexts
-    ]
-    writes = [[write.token, write.effect] for write in node.writes]
-    return vars(node) | {"top_contexts": contexts, "writes": writes, "stats": list(node.stats.items())}
-
-
-def shortened(value: Any) -> Any:
-    """`value` with every float at `SIGNIFICANT_DIGITS`; a number that JSON cannot say (nan, inf) becomes null."""
+def shortened(value: Any, digits: int = SIGNIFICANT_DIGITS) -> Any:
+    """`value` with every float at `digits`; a number that JSON cannot say (nan, inf) becomes null."""
     if isinstance(value, Mapping):
-        return {key: shortened(item) for key, item in value.items()}
+        return {key: shortened(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [shortened(item) for item in value]
+        return [shortened(item, digits) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        short = float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+        short = float(f"{value:.{digits}g}")
         return int(short) if short.is_integer() else short
     return value
 
@@ -378,6 +210,14 @@ def _check_context(node: PageNode, context: PageContext) -> None:
         raise CircuitError(
             f"A context of node {node.id!r} has {n_pieces} pieces, {n_values} values and is shown for token "
             f"{context.at}; it needs one value per piece and a token between 0 and {n_pieces - 1}."
+        )
+
+
+def _check_on_prompts(owner: str, values: Sequence[tuple], lengths: Sequence[tuple[int, int]]) -> None:
+    found = [(len(prompt), len(twin)) for prompt, twin in values]
+    if values and found != list(lengths):
+        raise CircuitError(
+            f"{owner} has values for prompts and twins of {found} tokens; the page has prompts of {list(lengths)}."
         )
 
 
@@ -403,7 +243,7 @@ def _vendored_script() -> str:
 def _own_script() -> str:
     """The page's script as one strict function, which leaves no name behind in the window."""
     parts = "\n".join(_resource(name) for name in SCRIPTS)
-    return f'(() => {{\n"use strict";\n{parts}\nstartPage();\n}})();'
+    return f'(() => {{\n"use strict";\n{parts}\nopenPage();\n}})();'
 
 
 def content_policy(scripts: Iterable[str], styles: Iterable[str]) -> str:

@@ -1,21 +1,19 @@
 """What nodes read, write and are active on, against brute force and finite differences."""
 
-import json
 import math
-import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
 from sparse_interp.circuit import describe as module
-from sparse_interp.circuit.describe import describe, direct_effects, embedding_writes, main_path, page, token_wires
+from sparse_interp.circuit.describe import describe, direct_effects, embedding_writes, main_path, token_wires
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, flat
-from sparse_interp.viewer.page import PageAudit, page_data, render_page
 
 
 @pytest.fixture
@@ -143,21 +141,6 @@ def test_a_v_node_of_grouped_queries_writes_through_every_head_that_carries_it(m
     assert torch.allclose(logits[1][0, 0] - logits[0][0, 0], effect, atol=1e-4) and effect.abs().max() > 0.1
 
 
-def test_a_circuit_of_a_dense_model_is_described_and_drawn_as_that_of_ours(truth, dense_truth, generator):
-    batch, described = truth.task.batch(8, generator=generator), []
-    for model in dense_truth:
-        circuit = Circuit.of_nodes(model, truth.nodes, mean_activations(model, batch.clean))
-        known = describe(circuit, model, batch.clean, batch)
-        described.append((known, page(circuit, model, batch, known)))
-    (ours, our_page), (theirs, their_page) = described
-    assert their_page.edges == our_page.edges and their_page.tokens == our_page.tokens
-    assert theirs.effects.frame.token.equals(ours.effects.frame.token)
-    for table in ("statistics", "effects", "reads"):
-        mine, others = (getattr(known, table).frame.select_dtypes("number") for known in (ours, theirs))
-        assert (mine.fillna(-1) - others.fillna(-1)).abs().max().max() < 1e-5, table
-    render_page(their_page)
-
-
 def test_a_key_of_grouped_queries_is_paid_what_its_heads_pay_on_average(make_bridge, truth, generator):
     bridge, _ = make_bridge(n_kv=2)
     batch = truth.task.batch(4, generator=generator)
@@ -175,14 +158,6 @@ def test_a_key_of_grouped_queries_is_paid_what_its_heads_pay_on_average(make_bri
     paid = pattern[torch.arange(4), :, batch.last, edited].mean(0)
     expected = [float(paid[2]), float(paid[2:].mean()), float(paid[:2].mean())]
     assert known.statistics.frame.attention_to_edit.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_partners_of_grouped_queries_are_named(make_bridge, tokens):
-    bridge, _ = make_bridge(n_kv=2)
-    circuit = Circuit.of_nodes(bridge, [Node(0, "k", 5), Node(0, "q", 13)], mean_activations(bridge, tokens))
-    known = describe(circuit, bridge, tokens)
-    partners = {node.id: node.stats["score partner"] for node in module._full_nodes(circuit, known)}
-    assert partners == {"L0.q.13": "L0.k.5", "L0.k.5": "L0.q.9 (not in the circuit), L0.q.13"}
 
 
 def test_reads_queries_and_keys_write_nothing(plain_model):
@@ -218,7 +193,7 @@ def test_no_text_and_another_model_are_refused(truth, key_circuit, make_model):
         describe(key_circuit, make_model(), torch.zeros(1, 8, dtype=torch.long))
 
 
-# -- the page -----------------------------------------------------------------------------------------------------
+# -- from end to end --------------------------------------------------------------------------------------------------
 
 
 def test_the_page_shows_the_way_from_the_quote_that_opens_to_the_quote_that_closes(truth, key_circuit, generator):
@@ -246,7 +221,7 @@ def test_an_edit_reaches_the_answer_only_through_attention(truth, key_circuit, g
 
 def test_where_only_a_key_joins_the_ends_the_path_goes_through_the_key(truth, key_circuit, generator):
     wires = token_wires(truth.model, key_circuit, truth.task.batch(8, generator=generator))
-    without_v = module.replace(
+    without_v = replace(
         key_circuit, edges=key_circuit.edges[~key_circuit.edges.target.str.contains(".v.", regex=False)]
     )
     assert " → L1 head 0 k 0 → channel 8 → " in main_path(without_v, wires)
@@ -255,54 +230,6 @@ def test_where_only_a_key_joins_the_ends_the_path_goes_through_the_key(truth, ke
 def test_without_importances_there_is_no_main_path(truth, key_circuit, generator):
     bare = Circuit.of_nodes(truth.model, truth.nodes, key_circuit.baseline)
     assert main_path(bare, token_wires(truth.model, bare, truth.task.batch(8, generator=generator))) == ""
-
-
-def test_a_page_has_every_node_edge_and_number(truth, key_circuit, generator, tmp_path):
-    audit = PageAudit(verdict="not run", passed=None)
-    batch = truth.task.batch(20, generator=generator)
-    known = describe(key_circuit, truth.model, truth.blocks(8, generator=generator), batch)
-    shown = page(key_circuit, truth.model, batch, known, audit)
-    assert [node.id for node in shown.nodes] == [str(node) for node in module.in_order(key_circuit)]
-    assert sum(edge.kind == "weight" for edge in shown.edges) == key_circuit.n_edges
-    assert shown.audit is audit and shown.prompts and shown.summary["nodes"] == str(key_circuit.n_nodes)
-    by_id = {node.id: node for node in shown.nodes}
-    assert by_id["L1.v.0"].stats["attention, end to edit"] > 0.9
-    assert by_id["L1.k.0"].stats["score partner"] == "L1.q.0 (not in the circuit)"
-    assert by_id["L0.mlp_read.1"].stats["written by tokens"] == "' +1"
-    assert {write.token for write in by_id["L2.final_read.8"].writes} == {"'", '"'}
-    sides = {(token.piece, token.side): token.role for token in shown.tokens}
-    assert sides["'", "embedding"] == sides["'", "unembedding"] != sides['"', "unembedding"]
-    assert key_circuit.to_html(tmp_path / "circuit.html", shown).read_text().startswith("<!")
-
-
-def test_a_page_without_a_model_shows_nodes_and_edges(key_circuit, tmp_path):
-    data = page_data(key_circuit.bare_page())
-    assert len(data["nodes"]) == key_circuit.n_nodes and len(data["edges"]) == len(key_circuit.edges)
-    assert "circuit" in key_circuit.to_html(tmp_path / "circuit.html").read_text()
-
-
-def test_hostile_tokens_reach_the_page_as_text(make_model, some_nodes):
-    hostile = "</script><img src=x onerror=alert(1)>"
-    model = make_model()
-    blocks = torch.randint(50, (4, 8), generator=torch.Generator().manual_seed(0))
-
-    class Decoder:
-        """Stands in for a tokenizer of which every piece is an attack."""
-
-        def decode(self, ids):
-            return f"{hostile}{ids[0]}"
-
-    circuit = Circuit.of_nodes(model, some_nodes(model, 0.1), mean_activations(model, blocks))
-    model.tokenizer = Decoder()
-    known = describe(circuit, model, blocks)
-    shown = module.replace(circuit.bare_page(), nodes=module._full_nodes(circuit, known))
-    text = render_page(shown)
-    assert "<img" not in text and "onerror=alert(1)>" not in text
-    (data,) = re.findall(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, flags=re.DOTALL)
-    pieces = json.loads(data)["pieces"]
-    assert pieces and all(piece.startswith(hostile) for piece in pieces)
-    known.contexts.plot()
-    assert "<img" not in known.contexts._repr_html_()
 
 
 def test_tables_hold_what_they_promise(plain_model, some_nodes, zero, text_blocks):

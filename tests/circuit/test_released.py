@@ -20,10 +20,10 @@ from sparse_interp.circuit.released import (
     place_of,
     released_circuit,
     released_loss,
-    released_page,
     released_prompts,
     replay,
 )
+from sparse_interp.circuit.released_page import released_page
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.controls import random_circuits
 from sparse_interp.faithfulness.scores import score_circuit
@@ -32,6 +32,7 @@ from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import SITES, Node, places, width
 from sparse_interp.model.transformer import load
 from sparse_interp.tasks.task import TaskBatch
+from sparse_interp.viewer.page import render_page
 
 OPENAI = Path(__file__).parents[3] / "shared" / "fixtures" / "openai"
 MIRROR, EXTRAS = OPENAI / "viz_mirror_synthetic", OPENAI / "released_form_variants" / "extras"
@@ -350,9 +351,14 @@ def test_nodes_of_the_mirror_hold_what_its_makers_recorded(name, circuit):
     frame = table.frame[table.frame.measure == "task_samples"]
     assert len(frame) == 14 and frame.difference.abs().max() < 1e-5
     assert frame.stored.abs().max() > 0.1
-    page = released_page(found, payload, str)
-    assert all(node.top_contexts for node in page.nodes)
-    best = page.nodes[0].top_contexts[0]
-    strongest = max(abs(float(s.activations[s.at])) for s in payload.snippets[next(iter(payload.snippets))])
-    assert abs(best.values[best.at]) == pytest.approx(strongest)
+    page = released_page(found, payload, str, answers_of_classes(payload.samples, 60, 1008))
+    assert all(node.top_contexts and node.on_prompts and node.knock_out for node in page.nodes)
+    (loc, channel), snippets = next(iter(payload.snippets.items()))
+    held = [
+        float(s.activations[s.at]) for s in snippets if s.end == "top" and s.share == min(s.share for s in snippets)
+    ]
+    shown = next(node for node in page.nodes if node.id == str(Node(*place_of(loc, model.cfg.n_layers), channel)))
+    assert {c.values[c.at] for c in shown.top_contexts if c.part == shown.top_contexts[0].part} <= set(held)
+    assert shown.knock_out.loss == payload.ch_interv_losses[loc][payload.retained[loc].index(channel)] / 2
+    render_page(page)
     assert payload.n_total == sum(width(model.cfg, place.site) for place in places(model.cfg, RELEASED_SITES))

@@ -21,7 +21,6 @@ from sparse_interp.faithfulness.repruned import CONTROLS
 from sparse_interp.faithfulness.thresholds import FOUR, Thresholds
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task
-from sparse_interp.viewer.page import PageAudit, PageAuditRow
 
 audited = {}
 
@@ -387,12 +386,13 @@ def test_a_file_that_is_no_audit_is_refused(tmp_path):
 
 def test_the_page_takes_every_row():
     table = audit_of("quote", "less one")
-    rows = [PageAuditRow(**fields) for fields in table.page_rows()]
-    page = PageAudit(verdict=table.verdict, passed=table.passed, rows=rows)
-    assert len(page.rows) == len(table)
-    absent = [row for row in rows if row.note.startswith("not run")]
+    page = table.on_page()
+    assert len(page.rows) == len(table) and (page.verdict, page.passed) == (table.verdict, table.passed)
+    absent = [row for row in page.rows if row.note.startswith("not run")]
     assert absent and all(row.value is None for row in absent)
-    assert rows[0].measure == "accuracy gap (share)" and rows[0].n == 32
+    assert page.rows[0].measure == "accuracy gap (share)" and page.rows[0].n == 32
+    assert [(row.about, row.decides) for row in page.rows] == list(zip(table.frame.about, table.frame.decides))
+    assert [question.about for question in page.questions] == table.four.frame.about.tolist()
 
 
 def test_the_picture_shows_accuracy_of_every_condition_beside_chance():

@@ -17,20 +17,27 @@ import pytest
 
 from sparse_interp.errors import CircuitError
 from sparse_interp.viewer import page as page_module
-from sparse_interp.viewer.page import (
+from sparse_interp.viewer.content import (
+    SITES,
     CircuitPage,
     PageAudit,
     PageAuditRow,
+    PageChannel,
     PageContext,
+    PageCurve,
     PageEdge,
+    PageHalf,
+    PageHead,
+    PageHistogram,
+    PageKnockOut,
     PageNode,
     PagePrompt,
+    PageQuestion,
+    PageTable,
     PageToken,
     PageWrite,
-    embed_json,
-    inline_html,
-    render_page,
 )
+from sparse_interp.viewer.page import embed_json, inline_html, render_page
 
 HOSTILE = "</script><img src=x onerror=window.wasHacked=1>"
 STRANGE = [HOSTILE, "<!--<script>", "\u202eevil", "\ud800", "\u2028", "&lt;b&gt;", "'\"`", "w" * 400, "", "\n", " "]
@@ -64,16 +71,19 @@ def some_contexts(random: Random, n: int) -> list[PageContext]:
         at = random.randrange(8, 24)
         values[at] = 3.2 - 0.2 * rank
         pieces = [random.choice(WORDS) for _ in range(24)]
-        contexts.append(PageContext(pieces=pieces, values=values, at=at, source="task" if rank < 2 else "text"))
+        contexts.append(PageContext(pieces=pieces, values=values, at=at, part="highest" if rank < 3 else "lowest"))
     return contexts
+
+
+def some_outcome(random: Random) -> PageKnockOut:
+    lead = random.uniform(-1, 4)
+    return PageKnockOut(kl=random.expovariate(1), lead=lead, accuracy=0.75, loss=0.4, leads=[(lead, -lead)])
 
 
 def some_nodes(random: Random, n_layers: int, per_site: dict[str, int], rails: list[int]) -> list[PageNode]:
     """Nodes at every site of every layer, reads and writes on a few shared rails."""
     nodes = []
-    places = [(layer, site) for layer in range(n_layers) for site in page_module.SITES[:-1]] + [
-        (n_layers, "final_read")
-    ]
+    places = [(layer, site) for layer in range(n_layers) for site in SITES[:-1]] + [(n_layers, "final_read")]
     for layer, site in places:
         on_rail = site.endswith(("read", "write"))
         channels = random.sample(rails if on_rail else range(1024), per_site[site])
@@ -87,7 +97,11 @@ def some_nodes(random: Random, n_layers: int, per_site: dict[str, int], rails: l
                     head=channel % 3 if site in ("q", "k", "v") else None,
                     importance=random.expovariate(4.0),
                     baseline=random.gauss(0, 0.1),
+                    sentence="Follows the token it stands at.",
                     top_contexts=some_contexts(random, 6),
+                    histogram=PageHistogram(low=-1.5, high=3.2, counts=[3, 0, 120, 7, 1]),
+                    on_prompts=[([random.gauss(0, 1) for _ in range(6)], [random.gauss(0, 1) for _ in range(6)])],
+                    knock_out=some_outcome(random),
                     writes=[PageWrite(token=random.choice(WORDS), effect=random.gauss(0, 1)) for _ in range(10)],
                     stats={"active": "12.5 %", "mean when active": 0.71},
                 )
@@ -112,7 +126,7 @@ def some_edges(random: Random, nodes: list[PageNode], share: float) -> list[Page
                 edges.append(PageEdge(source=a.id, target=b.id, weight=random.gauss(0, 0.6)))
             if a.layer == b.layer and a.site in "qk" and b.site == "attn_write" and random.random() < share:
                 edges.append(PageEdge(source=a.id, target=b.id, kind="attention"))
-            later = (b.layer, page_module.SITES.index(b.site)) > (a.layer, page_module.SITES.index(a.site))
+            later = (b.layer, SITES.index(b.site)) > (a.layer, SITES.index(a.site))
             if a.site.endswith("write") and b.site.endswith("read") and a.channel == b.channel and later:
                 edges.append(PageEdge(source=a.id, target=b.id, kind="residual"))
     return edges
@@ -225,18 +239,36 @@ def circuit_page(n_layers: int, per_site: dict[str, int], n_rails: int, share: f
             )
         ],
         audit=some_audit(),
-    )
+        model_sha256="d6",
+        whole=PageKnockOut(kl=0.2, lead=3.9, accuracy=1, loss=0.03, leads=[(4.0, 3.8)]),
+        model_alone=PageKnockOut(kl=0, lead=6.7, accuracy=1, loss=0.002, leads=[(6, 7)]),
+        heads=[some_head(random, *place) for place in sorted({(n.layer, n.head) for n in nodes if n.head is not None})],
+        halves=[PageHalf(layer=layer, kind=kind, n_nodes=9, knock_out=some_outcome(random))
+                for layer in range(n_layers) for kind in ("attention", "MLP")],
+        channels=[PageChannel(channel=c, n_tokens=3, embedding=[PageWrite(token=" name", effect=0.5)],
+                              unembedding=[PageWrite(token='"', effect=-0.5)], positions=[0, 0.1, -0.2],
+                              histogram=PageHistogram(low=-0.5, high=0.5, counts=[1, 2, 0])) for c in rails],
+        tables=[PageTable(title="Settings", columns=["what", "value"], rows=[["seed", 3], ["rule", "kl"]])],
+        curves=[PageCurve(title="loss in the search", x="step", y="loss", points=[(1, 2.5), (2, 1.5), (3, 0.5)])],
+    )  # fmt: skip
+
+
+def some_head(random: Random, layer: int, head: int) -> PageHead:
+    table = PageTable(title="QK: what makes its scores", columns=["k", "share of score"], rows=[["L0.k.3", 0.7]])
+    paid = [([random.random() for _ in range(6)], [random.random() for _ in range(6)])]
+    return PageHead(layer=layer, head=head, d_head=16, sentence="Looks at quotes.", tables=[table], attention=paid,
+                    in_circuit=paid, knock_out=some_outcome(random))  # fmt: skip
 
 
 def small_page() -> CircuitPage:
     """About forty nodes in two layers."""
-    per_site = dict(zip(page_module.SITES, (3, 2, 2, 3, 3, 3, 3, 2, 3), strict=True))
+    per_site = dict(zip(SITES, (3, 2, 2, 3, 3, 3, 3, 2, 3), strict=True))
     return circuit_page(2, per_site, n_rails=9, share=0.45)
 
 
 def large_page() -> CircuitPage:
     """About 250 nodes in four layers."""
-    per_site = dict(zip(page_module.SITES, (8, 5, 5, 8, 7, 9, 14, 7, 10), strict=True))
+    per_site = dict(zip(SITES, (8, 5, 5, 8, 7, 9, 14, 7, 10), strict=True))
     return circuit_page(4, per_site, n_rails=34, share=0.16)
 
 
@@ -251,7 +283,7 @@ def show(browser: Any, tmp_path: Path):
         path = tmp_path / "circuit.html"
         path.write_text(render_page(page), encoding="utf-8")
         tab = browser.tab(**options)
-        tab.open(path)
+        tab.open_circuit(path)
         return tab
 
     yield open_page
@@ -259,7 +291,7 @@ def show(browser: Any, tmp_path: Path):
 
 
 def drawn_weights(tab: Any) -> int:
-    return tab.js("document.querySelectorAll('.graph .edge:not(.off):is(.positive, .negative)').length")
+    return tab.js("document.querySelectorAll('#stage .edges .edge:is(.positive, .negative)').length")
 
 
 # ---------------------------------------------------------------- the text alone
@@ -333,10 +365,23 @@ def test_a_page_opens_without_complaint_and_asks_the_network_for_nothing(show, m
     page = make_page()
     tab = show(page, scheme=scheme)
     assert tab.js("document.querySelectorAll('.graph .vertex').length") == len(page.nodes) + len(page.tokens)
-    assert tab.js("document.querySelectorAll('.graph .edge').length") == len(page.edges)
     tab.click(".graph .vertex.neuron")
-    tab.click("#tab-audit")
+    for name in ("audit", "channels", "origin", "circuit"):
+        tab.click(f"#tab-{name}")
     assert tab.complaints() == [] and tab.requests() == []
+
+
+def test_every_edge_is_drawn_and_of_identities_along_a_rail_the_one_that_goes_furthest(show):
+    page = small_page()
+    site = {node.id: (node.layer, SITES.index(node.site)) for node in page.nodes}
+    furthest: dict[str, PageEdge] = {}
+    for edge in page.edges:
+        if edge.kind == "residual":
+            furthest[edge.source] = max(furthest.get(edge.source, edge), edge, key=lambda e: site[e.target])
+    expected = [(e.source, e.target) for e in page.edges if e.kind != "residual"]
+    expected += [(e.source, e.target) for e in furthest.values()]
+    ends = "[...document.querySelectorAll('#stage .edges .edge')].map(({__data__: e}) => [e.source, e.target])"
+    assert sorted(map(tuple, show(page).js(ends))) == sorted(expected)
 
 
 def test_a_page_of_nodes_alone_opens_too(show):
@@ -348,21 +393,31 @@ def test_a_page_of_nodes_alone_opens_too(show):
 
 def hostile_page() -> CircuitPage:
     """Every field that takes text holds the worst that a token can be."""
-    strange = [PageContext(pieces=STRANGE, values=[1.0] * len(STRANGE), at=0, source=HOSTILE)]
+    strange = [PageContext(pieces=STRANGE, values=[1.0] * len(STRANGE), at=0, part=HOSTILE)]
+    on_prompts = [([1.0] * len(STRANGE), [-1.0] * len(STRANGE))]
+    out = PageKnockOut(kl=1, lead=1, accuracy=1, loss=1, leads=[(1, -1)])
+    worst = [PageWrite(token=text, effect=1.0) for text in STRANGE]
+    table = PageTable(title=HOSTILE, columns=[HOSTILE, "n"], rows=[[HOSTILE, 1.0]], note=HOSTILE)
+    curve = PageCurve(title=HOSTILE, x=HOSTILE, y=HOSTILE, points=[(1, 2), (2, 3)])
     node = PageNode(
         id=HOSTILE,
         layer=0,
-        site="final_read",
+        site="v",
         channel=0,
+        head=0,
         importance=1.0,
+        sentence=HOSTILE,
         top_contexts=strange,
-        writes=[PageWrite(token=text, effect=1.0) for text in STRANGE],
+        on_prompts=on_prompts,
+        knock_out=out,
+        writes=worst,
         stats={HOSTILE: HOSTILE},
     )
     tokens = [PageToken(id=f"t{i}", piece=text, side="embedding", role="answer") for i, text in enumerate(STRANGE)]
     edges = [PageEdge(source=token.id, target=HOSTILE, kind="embedding") for token in tokens]
-    row = PageAuditRow(measure=HOSTILE, condition=HOSTILE, value=1.0, split=HOSTILE, note=HOSTILE, passed=True)
-    return CircuitPage(
+    row = PageAuditRow(measure=HOSTILE, condition=HOSTILE, value=1.0, split=HOSTILE, note=HOSTILE, passed=True,
+                       about=HOSTILE)  # fmt: skip
+    page = CircuitPage(
         nodes=[node],
         tokens=tokens,
         edges=edges,
@@ -373,8 +428,23 @@ def hostile_page() -> CircuitPage:
         edge_value=HOSTILE,
         summary={HOSTILE: HOSTILE},
         prompts=[PagePrompt(pieces=STRANGE, answer=HOSTILE, foil=HOSTILE, twin=STRANGE)],
-        audit=PageAudit(verdict=HOSTILE, passed=True, rows=[row]),
-    )
+        audit=PageAudit(
+            verdict=HOSTILE,
+            passed=True,
+            rows=[row],
+            headline=HOSTILE,
+            questions=[PageQuestion(about=HOSTILE, passed=True, why=HOSTILE)],
+            curves=[curve],
+        ),
+        whole=out,
+        heads=[PageHead(layer=0, head=0, d_head=4, sentence=HOSTILE, tables=[table], attention=on_prompts,
+                        in_circuit=on_prompts, knock_out=out)],
+        halves=[PageHalf(layer=0, kind="attention", n_nodes=1, knock_out=out)],
+        channels=[PageChannel(channel=0, n_tokens=9, embedding=worst, unembedding=worst)],
+        tables=[table],
+        curves=[curve],
+    )  # fmt: skip
+    return replace(page, other=page)
 
 
 def test_hostile_text_stays_text_wherever_it_stands(show):
@@ -385,9 +455,15 @@ def test_hostile_text_stays_text_wherever_it_stands(show):
     tab.press("Escape")
     tab.js("document.querySelector('.vertex.node').dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     seen += tab.js("document.querySelector('#detail').innerText")
-    tab.click("#tab-audit")
-    seen += tab.js("document.querySelector('#view-audit').innerText")
-    assert seen.count("onerror=window.wasHacked=1") >= 15
+    tab.js(
+        "[...document.querySelectorAll('#detail button')].find((b) => b.textContent === 'QK and OV reading').click()"
+    )
+    seen += tab.js("document.querySelector('#detail').innerText")
+    tab.click("#detail .knock")
+    for name in ("audit", "compare", "channels", "origin"):
+        tab.click(f"#tab-{name}")
+        seen += tab.js(f"document.querySelector('#view-{name}').innerText")
+    assert seen.count("onerror=window.wasHacked=1") >= 50
     assert "\\u202eevil" in seen, "a mark that reverses the text after it must be shown, not obeyed"
     assert tab.js("window.wasHacked === undefined && document.querySelectorAll('img').length === 0")
     assert tab.complaints() == [] and tab.requests() == []
@@ -401,7 +477,7 @@ def test_a_click_on_a_node_shows_its_contexts_writes_and_wires(show):
     tab.click(f'.vertex[data-id="{node.id}"]')
     assert tab.js("document.querySelector('#detail h2').textContent") == f"Neuron {node.channel}"
     assert tab.js("document.querySelectorAll('#detail .contexts li').length") == len(node.top_contexts)
-    assert tab.js("document.querySelector('#detail .piece.at').title") == "+3.2"
+    assert tab.js("document.querySelector('#detail .contexts .piece.at').title") == "+3.2"
     assert tab.js("document.querySelectorAll('#detail .writes li').length") == len(node.writes)
 
     tab.click("#detail .wires button")
@@ -414,7 +490,7 @@ def test_every_activation_can_be_read_as_a_number(show):
     tab.click(".vertex.neuron")
     figures = "[...document.querySelectorAll('#detail .figure')].filter((figure) => figure.checkVisibility()).length"
     assert tab.js(figures) == 0
-    tab.click("#detail .contexts-toggle")
+    tab.js("document.querySelectorAll('#detail .numbers-toggle').forEach((toggle) => toggle.click())")
     assert tab.js(figures) == tab.js("document.querySelectorAll('#detail .piece:is(.positive, .negative)').length") > 0
 
 
@@ -488,7 +564,7 @@ def test_numbers_that_are_no_weights_are_not_called_so(show):
 def test_rails_and_attention_wires_can_be_switched_off(show):
     tab = show(small_page())
     for kind in ("residual", "attention"):
-        shown = f"document.querySelectorAll('.graph .edge.{kind}:not(.off)').length"
+        shown = f"document.querySelectorAll('#stage .edges .edge.{kind}').length"
         assert tab.js(shown) > 0
         tab.click(f"#show-{kind}")
         assert tab.js(shown) == 0
@@ -520,7 +596,7 @@ def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
 
 @pytest.mark.parametrize("n_layers", [2, 12])
 def test_no_two_layer_names_touch(show, n_layers):
-    per_site = {site: int(site in ("attn_read", "attn_write", "mlp_read")) for site in page_module.SITES}
+    per_site = {site: int(site in ("attn_read", "attn_write", "mlp_read")) for site in SITES}
     boxes = show(circuit_page(n_layers, per_site, n_rails=9, share=0.45)).js(
         "[...document.querySelectorAll('.graph .block-name')].map((t) => t.getBoundingClientRect())"
         ".map((b) => [b.left, b.right])"
@@ -591,7 +667,7 @@ CONTRAST = """(() => {
 def test_every_text_stands_out_from_its_background(show, scheme, audited):
     page = small_page() if audited else replace(small_page(), audit=None)
     tab = show(page, scheme=scheme)
-    for step in (None, ".vertex.neuron", "#tab-audit"):
+    for step in (None, ".vertex.neuron", "#detail .knock", "#tab-audit", "#tab-channels", "#tab-origin"):
         if step:
             tab.click(step)
         *lowest, (n_texts, _) = tab.js(CONTRAST)
@@ -612,7 +688,8 @@ def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tm
     )
     frame.call("Runtime.enable")
     frame.call("Log.enable")
-    frame.settle()
+    while not frame.js("document.documentElement.dataset.ready === 'yes'"):
+        frame.settle()
     assert frame.js("document.querySelectorAll('.graph .vertex').length") == len(page.nodes) + len(page.tokens)
     assert tab.js("document.querySelector('iframe').getBoundingClientRect().height") == 642  # with its border
     assert frame.complaints() == [] and tab.complaints() == [] and tab.requests() == []

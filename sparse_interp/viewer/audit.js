@@ -1,0 +1,100 @@
+// The audit: a strip that nobody reads the graph without passing, and a tab with every measurement.
+
+const OUTCOMES = new Map([[true, ["pass", "✓", "pass"]], [false, ["fail", "✕", "fail"]], [null, ["open", "–", "not judged"]]]);
+
+/** The strip under the heading. */
+function showVerdict(strip, tab, audit, openAudit) {
+  const counts = auditCounts(audit);
+  const kind = audit === null ? "missing" : OUTCOMES.get(audit.passed)[0];
+  const words = { missing: "Audit missing", pass: "Audit passed", fail: "Audit failed", open: "Audit without a verdict" }[kind];
+  const failed = counts.judged - counts.passed;
+  strip.className = `verdict is-${kind}`;
+  strip.replaceChildren(...[
+    el("span", { className: "mark", "aria-hidden": "true" }, { missing: "!", pass: "✓", fail: "✕", open: "–" }[kind]),
+    el("strong", {}, words),
+    el("span", { className: "words" }, audit === null
+      ? "Nobody has measured whether this circuit does what the model does. Read the graph as a guess." : audit.verdict),
+    failed ? el("span", { className: "badge is-fail" }, `${plural(failed, "check")} failed`) : null,
+    el("button", { type: "button", className: "quiet", onclick: openAudit }, "See the audit")].filter(Boolean));
+  tab.replaceChildren("Audit ", el("span", { className: `badge is-${kind === "pass" && failed ? "fail" : kind}` },
+    audit === null ? "missing" : `${counts.passed} of ${counts.judged} passed`));
+}
+
+function auditCounts(audit) {
+  const judged = audit === null ? [] : audit.rows.filter((row) => row.passed !== null);
+  return { judged: judged.length, passed: judged.filter((row) => row.passed).length };
+}
+
+function showAudit(view, audit) {
+  if (audit === null) {
+    view.replaceChildren(el("div", { className: "paper" }, el("h2", {}, "This circuit comes without an audit"),
+      el("p", { className: "lead" }, "Without one, nothing here says whether the circuit behaves like its model on held-out prompts, " +
+        "whether the model needs it, or whether a random circuit of equal size would do as well.")));
+    return;
+  }
+  const body = el("tbody", {}), count = el("p", { className: "hint", role: "status" });
+  const kinds = [["All", () => true], ["Deciding", (row) => row.decides], ["Failed", (row) => row.passed === false],
+    ["Not run", (row) => row.value === null]].filter(([, keep], i) => i === 0 || audit.rows.some(keep));
+  const show = (i) => {
+    const rows = audit.rows.filter(kinds[i][1]);
+    body.replaceChildren(...auditRows(rows));
+    count.textContent = `${rows.length} of ${plural(audit.rows.length, "row")}`;
+  };
+  show(0);
+  view.replaceChildren(el("div", { className: "paper" },
+    el("h2", {}, "What this circuit is worth"), verdictLead(audit),
+    audit.headline ? el("p", { className: "lead" }, `${audit.headline[0].toUpperCase()}${audit.headline.slice(1)}.`) : null,
+    audit.questions.length ? el("ul", { className: "questions" }, ...audit.questions.map(question)) : null,
+    el("div", { className: "filters" }, choiceOf("Which rows", kinds.map(([name]) => name), show), count),
+    auditTable(body), ...audit.curves.map(curveCard)));
+}
+
+/** A long verdict is a list of reasons: one line each. */
+function verdictLead(audit) {
+  const [first, ...reasons] = audit.verdict.split(/;\s*/);
+  return el("div", { className: "lead" }, el("p", {}, first), reasons.length ? el("ul", { className: "reasons" }, ...reasons.map((reason) => el("li", {}, reason))) : null);
+}
+
+/** One of the things that the verdict rests on. */
+function question({ about, passed, why }) {
+  const [kind, mark] = OUTCOMES.get(passed), word = { pass: "kept", fail: "missed", open: "not run" }[kind];
+  return el("li", { className: `question is-${kind}` }, el("span", { className: `outcome is-${kind}` }, el("span", { "aria-hidden": "true" }, mark), ` ${word}`),
+    el("h3", {}, about[0].toUpperCase() + about.slice(1)), why ? el("p", {}, why) : null);
+}
+
+function auditTable(body) {
+  const head = ["measure", "condition", "value", "interval", "n", "split", "result", "note"];
+  const numeric = new Set(["value", "interval", "n"]);
+  return el("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": "Audit table" }, el("table", { className: "audit" },
+    el("caption", { className: "hidden" }, "Every measurement of the audit, controls beside claims"),
+    el("thead", {}, el("tr", {}, ...head.map((name) => el("th", { scope: "col", className: numeric.has(name) ? "numeric" : "" }, name)))), body));
+}
+
+/** Rows under the question that they belong to; a measure is named once for the rows that share it. */
+function auditRows(rows) {
+  return rows.flatMap((row, index) => {
+    const before = rows[index - 1], opens = row.about && (!before || before.about !== row.about);
+    const first = opens || !before || before.measure !== row.measure;
+    const title = opens ? [el("tr", { className: "about" }, el("th", { scope: "rowgroup", colSpan: 8 }, row.about[0].toUpperCase() + row.about.slice(1)))] : [];
+    return [...title, auditRow(row, first, first ? spanFrom(rows, index) : 0)];
+  });
+}
+
+function spanFrom(rows, index) {
+  let span = 1;
+  while (rows[index + span] && rows[index + span].measure === rows[index].measure && rows[index + span].about === rows[index].about) span++;
+  return span;
+}
+
+function auditRow(row, first, span) {
+  const [kind, mark, word] = row.value === null && row.passed === null ? ["open", "–", "not run"] : OUTCOMES.get(row.passed);
+  const interval = row.low === null || row.high === null ? "" : `${number(row.low)} to ${number(row.high)}`;
+  return el("tr", { className: `${first ? "first" : ""} ${row.decides ? "decides" : ""}` },
+    first ? el("th", { scope: "row", rowSpan: span }, row.measure) : null,
+    el("td", {}, row.condition), el("td", { className: "numeric strong" }, number(row.value)),
+    el("td", { className: "numeric" }, interval), el("td", { className: "numeric" }, row.n === null ? "" : number(row.n)),
+    el("td", {}, row.split),
+    el("td", {}, el("span", { className: `outcome is-${kind}` }, el("span", { "aria-hidden": "true" }, mark), ` ${word}`),
+      row.decides ? el("span", { className: "decider" }, "decides") : null),
+    el("td", { className: "note" }, row.note));
+}
