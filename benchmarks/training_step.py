@@ -25,7 +25,7 @@ from abs_topk import machine
 
 from sparse_interp.cli import keep_freed_memory
 from sparse_interp.model import kernels, layers, transformer
-from sparse_interp.training import loop, sparsity
+from sparse_interp.training import optimizer, sparsity
 from sparse_interp.training.loop import Trainer
 from sparse_interp.training.recipes import RunConfig, recipe, replace_model
 from sparse_interp.training.text import TrainingText
@@ -106,7 +106,7 @@ def measure(repeats: int) -> dict[str, object]:
         naive = unfused(Trainer(run_config("fp32"), text))
     times: dict[str, list[float]] = {"naive": [], "shipped": []}
     first: dict[str, float] = {}
-    with patch.object(loop, "density_at", lambda *_, **__: DENSITY):
+    with patch.object(optimizer, "density_at", lambda *_, **__: DENSITY):
         for repeat in range(-2, repeats):
             for name, trainer in (("naive", naive), ("shipped", shipped)):
                 with naive_kernels() if name == "naive" else ExitStack():

@@ -92,6 +92,12 @@ from sparse_interp.faithfulness.exchange import exchange_between_runs as exchang
 from sparse_interp.faithfulness.partial import partial_ablation as partial_ablation
 from sparse_interp.faithfulness.scrubbing import scrub as scrub
 from sparse_interp.faithfulness.recover import recover as recover
+from sparse_interp.bridges.bridge_config import BridgeConfig as BridgeConfig
+from sparse_interp.bridges.bridge_config import SitePair as SitePair
+from sparse_interp.bridges.bridge import Bridge as Bridge
+from sparse_interp.bridges.hybrid import hybrid_logits as hybrid_logits
+from sparse_interp.bridges.hybrid import sampled_paths as sampled_paths
+from sparse_interp.bridges.training import train_bridges as train_bridges
 from sparse_interp.bridges.rotated import rotated_twin as rotated_twin
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view

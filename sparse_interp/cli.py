@@ -21,10 +21,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from typer import Argument, Option
 
+from sparse_interp.bridges.bridge import Bridge
+from sparse_interp.bridges.bridge_config import ENCODERS, BridgeConfig
+from sparse_interp.bridges.training import BRIDGE, PAIR_LOSSES, bridge_steps, stored_config
 from sparse_interp.circuit.describe import Description, describe, token_wires
 from sparse_interp.circuit.drives import token_text
 from sparse_interp.circuit.find import find_circuit
@@ -68,8 +72,10 @@ from sparse_interp.tasks.library import load_task
 from sparse_interp.tasks.library import tasks as task_table
 from sparse_interp.tasks.survey import score_tasks
 from sparse_interp.tasks.task import Task
+from sparse_interp.tokenizer import blocks as blocks_of
 from sparse_interp.training import recipes
-from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, stored_run
+from sparse_interp.training.checkpoints import CHECKPOINT, METRICS, refuse_occupied
+from sparse_interp.training.loop import MODEL, StepRecord, claim_folder, set_bigram_table_, stored_run
 from sparse_interp.training.loop import train as train_model
 from sparse_interp.training.recipes import RunConfig, replace_model
 from sparse_interp.training.text import TrainingText, folder_text, python_text, source_of
@@ -86,6 +92,9 @@ EXPORTS = {"graphml": ".graphml", "json": ".graph.json", "dot": ".dot", "mib": "
 """Formats of other tools, and how files in them end."""
 
 PUBLISHED_MEANS = "mean_baseline_pretrain.pt"
+
+BRIDGE_BLOCKS = 64
+"""Held-out blocks that a bridge is measured on as it is trained."""
 
 CONTEXT_BLOCKS = 100
 """Blocks of held-out text that the contexts on a page are chosen from."""
@@ -285,6 +294,80 @@ def _command_line(recipe: str, out: Path, run: RunConfig, text: Path | None, pat
     line += f" --seed {given.seed}" * (given.seed != own.seed)
     line += f" --threads {torch.get_num_threads()}"
     return line if text is None else f"{line} --text {text.name} --pattern '{pattern}'"
+
+
+@app.command()
+def bridge(
+    sparse: Annotated[str, Argument(help="The sparse model: a bundled one's name or a folder; or a recipe.")],
+    dense: Annotated[str, Argument(help="The dense model that it is tied to: a bundled one's name, or a folder.")],
+    out: Annotated[Path, Option(help="Folder of the run: checkpoint, metrics, text, and the finished bridge.")],
+    scratch: Annotated[
+        bool, Option("--scratch", help="Train the model of the recipe SPARSE from scratch, and its bridge with it.")
+    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in the folder, bit for bit.")] = False,
+    steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    batch: Annotated[int | None, Option(help="Blocks of text per step.")] = None,
+    encoder: Annotated[str | None, Option(help=f"What cuts encoded streams: {' or '.join(ENCODERS)}.")] = None,
+    afrac: Annotated[float | None, Option(help="Share of a stream's channels that the encoder keeps.")] = None,
+    entries: Annotated[int | None, Option(help="Pairs of sites at which a step enters the models.")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate of the bridge.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the order of the text and of the sites entered.")] = None,
+    threads: Threads = None,
+    text: Annotated[Path | None, Option(help="Train on the UTF-8 files below this folder, up to 1 MB each.")] = None,
+    pattern: Annotated[str, Option(help="With --text: which files, by name.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """Train a bridge between a SPARSE and a DENSE model, on the Python sources of this machine or a folder's files.
+
+    Both models stay as they are, unless --scratch trains the sparse one too. Ctrl-C stops after the current step and
+    keeps a checkpoint of it. Options given when a run began need not be repeated with --resume.
+    """
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    asked = {"n_steps": steps, "batch_size": batch, "encoder": encoder, "afrac": afrac, "entries_per_step": entries,
+             "lr": lr, "seed": seed}  # fmt: skip
+    config = replace(
+        stored_config(out) if resume else BridgeConfig(), **{k: v for k, v in asked.items() if v is not None}
+    )
+    if not resume:
+        refuse_occupied(out, (CHECKPOINT, METRICS, BRIDGE, MODEL))
+    run = recipes.recipe(sparse) if scratch else None
+    network, target = load(sparse) if run is None else HookedSparseTransformer(run.model), load(dense)
+    cfg = network.cfg
+    if cfg.tokenizer_name is None:
+        raise TokenizerError(f"{sparse} names no tokenizer, and text cannot be read without one.")
+    tokenizer = bundled_tokenizer(cfg.tokenizer_name)
+    network.set_tokenizer(tokenizer)
+    Bridge.between(network, target, config)
+    _claim(out)
+    reading = _reading(out, text, pattern, tokenizer, run or RunConfig(name=sparse, model=cfg, n_tokens=10**9))
+    if run is not None:
+        set_bigram_table_(network, reading)
+    n_ctx = min(cfg.n_ctx, target.cfg.n_ctx)
+    held_out = reading.validation[:: max(1, len(reading.validation) // BRIDGE_BLOCKS), :n_ctx]
+    records = bridge_steps(
+        network, target, blocks_of(reading.stream, n_ctx, reading.bos), config,
+        run=run, validation=held_out, folder=out, resume=resume,
+    )  # fmt: skip
+    with _stop_signals() as stopping:
+        for record in records:
+            if stopping and record.step < config.n_steps:
+                records.close()
+                print(f"stopped after step {record.step} of {config.n_steps}; --resume continues it.", file=sys.stderr)
+                raise typer.Exit(FAILED)
+    _say_bridged(out / BRIDGE, as_json)
+
+
+def _say_bridged(folder: Path, as_json: bool) -> None:
+    """How well a finished bridge fits, from its card."""
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps({"bridge": str(folder)} | card, indent=1))
+        return
+    rows = [{"pair": pair} | losses for pair, losses in card["held_out_by_pair"].items()]
+    print(f"{folder}: NMSE of encoded and decoded streams, KL of models entered (nats per token)")
+    print(Table(pd.DataFrame(rows, columns=["pair", *PAIR_LOSSES])))
 
 
 @app.command()

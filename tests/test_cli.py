@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparse_interp import cli
+from sparse_interp.bridges.bridge import Bridge
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.publishing import publish_circuit
 from sparse_interp.circuit.released import RELEASED_SITES
@@ -633,3 +635,43 @@ def test_patch_refuses_what_it_cannot_do_in_one_message(command, whole_model, tm
     code, out, err = command("patch", "--model", whole_model, "--task", TASK, "--out", tmp_path / "out", *option)
     assert code == 2 and out == "" and words in " ".join(err.replace("│", " ").split())
     assert not list((tmp_path / "out").glob("*"))
+
+
+# -- bridge ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bridge_is_trained_between_two_models_and_goes_on_after_an_interruption(
+    command, sources, whole_model, tmp_path, monkeypatch
+):
+    dense, text = saved(tmp_path / "dense", n_ctx=16), ("--text", sources, "--pattern", "*.py")
+    ways = {}
+    for way in ("whole", "cut"):
+        line = ("bridge", whole_model, dense, "--out", tmp_path / way, *text)
+        if way == "cut":
+            monkeypatch.setattr(cli, "_stop_signals", lambda: nullcontext([15]))
+            code, _, err = command(*line, "--steps", 3, "--batch", 2, "--entries", 1)
+            assert code == 1 and "stopped after step 1 of 3" in err
+            monkeypatch.undo()
+            line = (*line, "--resume")
+        else:
+            line = (*line, "--steps", 3, "--batch", 2, "--entries", 1)
+        code, out, _ = command(*line, "--json")
+        assert code == 0
+        ways[way] = json.loads(out)["held_out_by_pair"]
+    assert ways["whole"] == ways["cut"] and ways["cut"].keys() == {"0-0", "1-1", "2-2"}
+    Bridge.load(tmp_path / "cut" / "bridge", load(whole_model), load(dense))
+    assert command("bridge", whole_model, dense, "--out", tmp_path / "cut", *text)[0] == 2
+
+
+def test_a_sparse_model_is_trained_with_its_bridge(command, sources, quick, tmp_path):
+    dense = saved(tmp_path / "dense", n_ctx=16)
+    out, given = tmp_path / "run", ("--scratch", "--text", sources, "--steps", 2, "--batch", 2)
+    code, said, _ = command("bridge", "quick", dense, "--out", out, *given)
+    assert code == 0 and "NMSE" in said and "2-2" in said
+    Bridge.load(out / "bridge", load(out / "model"), load(dense))
+
+
+def test_models_that_cannot_be_tied_are_refused_before_any_text_is_read(command, whole_model, tmp_path):
+    code, _, err = command("bridge", whole_model, "stdlib-small-dense", "--out", tmp_path / "run")
+    assert code == 2 and "1 layers and the dense one 2" in err
+    assert not (tmp_path / "run").exists()

@@ -9,13 +9,17 @@ width goes to 0, and exactly so where the loss is quadratic (Rajamanoharan et al
 positive activations). With u = log |z| - log theta, dT/dlog theta = -z K(u / width) / width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
+from sparse_interp.bridges.files import MAPS, read_bridge, write_bridge
 from sparse_interp.errors import BridgeError
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.dense import AnyModel, hooked
@@ -198,14 +202,9 @@ class Bridge(nn.Module):
 
         With `weights`, these have to be those of the models that it was made for, too.
         """
+        self.check_shapes(sparse, dense)
         for kind, end, model in (("sparse", self.sparse, sparse), ("dense", self.dense, dense)):
             found = hooked(model).cfg
-            for field, what in (("n_layers", "layers"), ("d_model", "channels"), ("d_vocab", "token ids")):
-                if getattr(found, field) != getattr(end, field):
-                    raise BridgeError(
-                        f"the bridge leads to a {kind} model of {getattr(end, field)} {what} ({end.name!r}), and "
-                        f"{found.model_name!r} has {getattr(found, field)}. Pass the models that it was made for."
-                    )
             tokenizer = hooked(model).tokenizer
             if None not in (tokenizer, end.tokenizer_sha256) and tokenizer_hash(tokenizer) != end.tokenizer_sha256:
                 raise BridgeError(
@@ -218,6 +217,72 @@ class Bridge(nn.Module):
                     f"model at hand ({found.model_name!r}) has weights {sha256[:12]}. Load what it belongs to, or pass "
                     "allow_mismatch=True if you mean to compare."
                 )
+
+    def check_shapes(self, sparse: AnyModel, dense: AnyModel) -> None:
+        """Raise BridgeError unless two models have the depth, width and number of token ids that the bridge ties."""
+        for kind, end, model in (("sparse", self.sparse, sparse), ("dense", self.dense, dense)):
+            found = hooked(model).cfg
+            for field, what in (("n_layers", "layers"), ("d_model", "channels"), ("d_vocab", "token ids")):
+                if getattr(found, field) != getattr(end, field):
+                    raise BridgeError(
+                        f"the bridge leads to a {kind} model of {getattr(end, field)} {what} ({end.name!r}), and "
+                        f"{found.model_name!r} has {getattr(found, field)}. Pass the models that it was made for."
+                    )
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, folder: Path | str, *, stored_as: torch.dtype | None = None, card: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write the bridge to a new `folder`, in the form that `bridges/files.py` describes.
+
+        Args:
+            folder: a folder that is empty or not there.
+            stored_as: precision of the stored maps; None keeps their own, which is lossless.
+            card: how the bridge was trained and how well it fits, for readers.
+
+        Raises:
+            BridgeError: if `folder` holds something, cannot be written, or a map is not finite.
+        """
+        folder = Path(folder)
+        tensors = {name.removeprefix("maps."): tensor for name, tensor in self.state_dict().items()}
+        write_bridge(folder, self.config, {"sparse": self.sparse, "dense": self.dense}, tensors, stored_as, card)
+        return folder
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        sparse: AnyModel | None = None,
+        dense: AnyModel | None = None,
+        *,
+        allow_mismatch: bool = False,
+    ) -> "Bridge":
+        """The bridge that `save` wrote to `folder`, its maps in float32 at least.
+
+        Args:
+            folder: where it lies.
+            sparse: with `dense`, the models that it has to belong to, by their weights and tokenizers.
+            dense: the other of them.
+            allow_mismatch: load it even if they have other weights; depth, width and tokens still have to fit.
+
+        Raises:
+            BridgeError: if a file is missing, damaged or of another format version, or the models are not its own.
+        """
+        if (sparse is None) != (dense is None):
+            raise BridgeError("a bridge is checked against both of its models or neither: pass sparse and dense.")
+        folder = Path(folder)
+        record, tensors = read_bridge(folder)
+        try:
+            ends = (End(**record["sparse"]), End(**record["dense"]))
+            bridge = cls(BridgeConfig.from_dict(record["config"]), *ends)
+            wide = {f"maps.{name}": t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
+            bridge.to(next(iter(wide.values())).dtype).load_state_dict(wide)
+        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
+            raise BridgeError(f"{folder / MAPS} and what is said beside it do not fit together ({error}).") from error
+        if sparse is not None and dense is not None:
+            bridge.check(sparse, dense, weights=not allow_mismatch)
+        return bridge
 
     # -- a start ------------------------------------------------------------------------------------------------------
 

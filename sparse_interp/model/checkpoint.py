@@ -93,7 +93,7 @@ class ModelFiles:
         as_loaded = {name: tensor.to(self.cfg.dtype) for name, tensor in tensors.items()}
         config = {
             "format_version": FORMAT_VERSION,
-            "library_version": _library_version(),
+            "library_version": library_version(),
             "model": json.loads(self.cfg.to_json()),
             "tokenizer": _tokenizer_entry(self.tokenizer, self.cfg, bundled),
             "bigram_table": _bundled_table_entry(tensors, self.cfg)
@@ -114,7 +114,7 @@ class ModelFiles:
             files[VALIDATION] = own_bytes({"tokens": validation.to(torch.uint16)}, {})
         if means is not None:
             files[MEANS] = node_values_bytes(means)
-        _write_folder(folder, files, None if bundled else self.tokenizer)
+        write_folder(folder, files, None if bundled else self.tokenizer)
         return folder
 
 
@@ -443,7 +443,7 @@ def _bundled_table(entry: dict[str, str]) -> Tensor:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write everything under a temporary name beside `folder`, then rename it."""
     unfinished = None
     try:
@@ -469,7 +469,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes], tokenizer: PreTraine
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Version of the installed library."""
     try:
         return version("sparse_interp")
     except PackageNotFoundError:

@@ -36,7 +36,7 @@ from sparse_interp.errors import ConfigError
 from sparse_interp.model import sites
 from sparse_interp.model.config import Shape
 from sparse_interp.model.edges import EdgeGate, Matrix, carried, placed
-from sparse_interp.model.sites import SITES, WIRES, Wire, flat, group_size, places, width, wires
+from sparse_interp.model.sites import SITES, WIRES, Wire, check_sites, flat, group_size, places, width, wires
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 
@@ -151,20 +151,45 @@ class DenseModel:
         A run that starts at a layer has to be given the `tokens` too. TransformerLens has no way into the middle of
         every model, so the blocks before are run as well and the stream that they make is exchanged for `input`.
         """
-        if start_at_layer == self.cfg.n_layers:
-            return self._after_blocks(input)
+        assert tokens is not None or start_at_layer in (None, self.cfg.n_layers)
+        enter = None if start_at_layer is None else (2 * start_at_layer, input)
+        leave = None if stop_at_layer is None else 2 * stop_at_layer
+        found = self._run(input if tokens is None else tokens, enter, leave, attention_mask)
+        return found if return_type is not None or leave is not None else None
+
+    def between(
+        self,
+        tokens: Tokens,
+        *,
+        enter: tuple[int, Resid] | None = None,
+        leave: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Resid | Logits:
+        """Run from one residual site to another, as ours is run; what comes before the site entered is run as well.
+
+        Raises:
+            ConfigError: for a site that is not there or behind the one entered.
+        """
+        check_sites(self.cfg.n_layers, 0 if enter is None else enter[0], leave)
+        return self._run(tokens, enter, leave, attention_mask)
+
+    def _run(
+        self, tokens: Tensor, enter: tuple[int, Resid] | None, leave: int | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Logits, or the stream at residual site `leave`; with `enter` a site's stream is exchanged for another."""
         hooks: FwdHooks = []
-        if start_at_layer is not None:
-            assert tokens is not None
-            hooks.append((_stream_before(start_at_layer), lambda resid, hook: input))
-        if stop_at_layer is not None:
-            hooks.append((_stream_before(stop_at_layer), _stop))
+        if enter is not None:
+            site, resid = enter
+            if site in (leave, 2 * self.cfg.n_layers):
+                return resid if leave is not None else self._after_blocks(resid)
+            hooks.append((sites.stream_hook(site), lambda _, hook: resid))
+        if leave is not None:
+            hooks.append((sites.stream_hook(leave), _stop))
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         try:
             with self.hooks(hooks):
                 # asked for nothing, a HookedTransformer does not unembed, and the last read is never made
-                logits = self.tl(input if tokens is None else tokens, return_type="logits", **given)
-                return None if return_type is None else logits
+                return self.tl(tokens, return_type="logits", **given)
         except _Stopped as stopped:
             return stopped.resid
 
@@ -317,11 +342,6 @@ def _matrices(block: Any) -> SimpleNamespace:
         attn=SimpleNamespace(**{f"W_{letter}": weight for letter, weight in stored.items()}),
         mlp=SimpleNamespace(W_in=mlp.W_in, W_in_pos=None, W_gate=gate, W_out=mlp.W_out),
     )
-
-
-def _stream_before(layer: int) -> str:
-    """Hook point of the stream before block `layer`: as the block before it leaves it, if there is one."""
-    return sites.RESID_PRE_HOOK.format(layer=0) if layer == 0 else sites.RESID_POST_HOOK.format(layer=layer - 1)
 
 
 def _note(seen: dict[str, Tensor], name: str, point: HookPoint, given: tuple, left: Tensor) -> None:

@@ -360,13 +360,32 @@ class Block(nn.Module):
         `pos` are concatenated positions; `mask` is False where a key is padding; `past` holds keys of earlier runs;
         `packing` says how the stream is packed.
         """
+        mid = self.attended(resid, pos, mask, past, packing)
+        if pos is not None and packing is not None and packing.ends_alone:
+            pos = packing.at_ends(pos)
+        return self.processed(mid, pos)
+
+    def attended(
+        self,
+        resid: Resid,
+        pos: Float[Tensor, "#batch pos d_pos"] | None,
+        mask: KeyMask | None,
+        past: PastKeys | None = None,
+        packing: Packing | None = None,
+    ) -> Float[Tensor, "_batch _at d_model"]:
+        """The stream between attention and the MLP: the first half of the block."""
         # cloned, because the block before still holds this tensor as its resid_post
         resid = self.hook_resid_pre(self.cut_pre(resid.clone()))
         out = self.hook_attn_out(self.attn(self._attention_reads(resid, pos), mask, past, packing))
         if packing is not None and packing.ends_alone:
-            resid, pos = packing.at_ends(resid), None if pos is None else packing.at_ends(pos)
+            resid = packing.at_ends(resid)
         resid = resid + out
-        resid = self.hook_resid_mid(self.cut_mid(self._activate(resid)))
+        return self.hook_resid_mid(self.cut_mid(self._activate(resid)))
+
+    def processed(
+        self, resid: Float[Tensor, "_batch _at d_model"], pos: Float[Tensor, "_batch _at d_pos"] | None
+    ) -> Float[Tensor, "_batch _at d_model"]:
+        """The stream after the MLP: the second half."""
         mlp_in = self.hook_mlp_in(resid.clone()) if self.cfg.use_hook_mlp_in else resid
         read = self.mlp.hook_in(self.cut_mlp_read(self._with_pos(self.ln2(mlp_in), pos, "ln2_pos")))
         resid = resid + self.hook_mlp_out(self.mlp(read))

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparse_interp.errors import CircuitError
+from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.model.config import AnyShape
 
 
@@ -80,6 +80,22 @@ def stream_hook(site: int) -> str:
         return RESID_PRE_HOOK.format(layer=0)
     layer, is_mlp = divmod(site - 1, 2)
     return (RESID_POST_HOOK if is_mlp else RESID_MID_HOOK).format(layer=layer)
+
+
+def check_sites(n_layers: int, start: int, leave: int | None) -> int:
+    """The residual site at which a run from `start` ends: `leave`, or None for the last.
+
+    Raises:
+        ConfigError: if one of the two is not there, or the second comes before the first.
+    """
+    last = n_stream_sites(n_layers) - 1
+    stop = last if leave is None else leave
+    if not 0 <= start <= stop <= last:
+        raise ConfigError(
+            f"a run from residual site {start} to {stop}: a model of {n_layers} layers has sites 0 to {last}, and a "
+            "run ends where it begins or behind that."
+        )
+    return stop
 
 
 class Node(NamedTuple):

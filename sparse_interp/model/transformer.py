@@ -29,6 +29,7 @@ from sparse_interp.model.kernels import next_token_loss
 from sparse_interp.model.layers import Block, Norm, heard, redraw_
 from sparse_interp.model.loading import Loading
 from sparse_interp.model.packing import Packing
+from sparse_interp.model.sites import check_sites
 from sparse_interp.model.surface import TransformerLensSurface
 
 
@@ -232,6 +233,41 @@ class HookedSparseTransformer(Generation, ModelFiles, Loading, TransformerLensSu
             raise ConfigError("a loss from `start_at_layer` needs the tokens behind the stream: pass tokens=.")
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def between(
+        self,
+        tokens: Tokens,
+        *,
+        enter: tuple[int, Resid] | None = None,
+        leave: int | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    ) -> Resid | Logits:
+        """Run from one residual site to another: 0 before block 0, 2 l + 1 and 2 l + 2 after each half of block l.
+
+        Args:
+            tokens: where the run begins, or what is behind the stream that is given.
+            enter: a site, and the stream that leaves it; what comes before is not run.
+            leave: the site whose stream is returned; None runs to the end and returns logits.
+            attention_mask: 1 for tokens, 0 for padding on either side.
+
+        Raises:
+            ConfigError: for a stream of another width, or a site that is not there or behind the one entered.
+        """
+        start = 0 if enter is None else enter[0]
+        stop = check_sites(self.cfg.n_layers, start, leave)
+        if enter is None:
+            tokens, seen = self.input_to_tokens(tokens, None, None, attention_mask, 0)
+        else:
+            _, seen = self._beside_stream(enter[1], tokens, attention_mask, 0)
+        mask, positions = self._context(seen, None, tokens.shape, ())
+        resid = self.input_to_embed(tokens, positions) if enter is None else enter[1]
+        if enter is None and leave == 0:
+            return self.layers[0].hook_resid_pre(self.layers[0].cut_pre(resid))
+        pos = None if self.cfg.positions != "concat" else self.hook_pos_cat(self.pos_embed(positions))
+        for half in range(start, stop):
+            block = self.layers[half // 2]
+            resid = block.processed(resid, pos) if half % 2 else block.attended(resid, pos, mask)
+        return resid if leave is not None else self._logits(resid, tokens)
 
     # -- packed prompts -----------------------------------------------------------------------------------------------
 

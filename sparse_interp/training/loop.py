@@ -10,18 +10,15 @@ so a run may be killed at any moment; whoever stops asking for records leaves a 
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,21 +26,31 @@ from sparse_interp.errors import CheckpointError, SparseInterpError
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tokenizer import BlockSampler
 from sparse_interp.training.card import model_card
-from sparse_interp.training.optimizer import lr_schedule, make_optimizer, normalise_gradients_
+from sparse_interp.training.checkpoints import (
+    CHECKPOINT,
+    METRICS,
+    RUN,
+    check_writable,
+    load_optimizer_,
+    on_disk,
+    optimizer_tensors,
+    read_checkpoint,
+    refuse_occupied,
+    replace_file,
+    rewind_metrics,
+    warn_of_threads,
+    write_checkpoint,
+    writing,
+)
+from sparse_interp.training.optimizer import advance_, normalise_gradients_, optimizer_of
 from sparse_interp.training.recipes import RunConfig
 from sparse_interp.training.sparsity import (
     PAPER_FLOOR,
-    density_at,
     low_floor_matrices,
-    lr_multiplier,
-    project_,
     sparse_matrices,
 )
 from sparse_interp.training.text import TrainingText
 
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
-RUN = "run.json"
 MODEL = "model"
 
 
@@ -85,12 +92,8 @@ class Trainer:
     def __init__(self, run: RunConfig, text: TrainingText, tokenizer: Any = None):
         self.run, self.text = run, text
         self.model = HookedSparseTransformer(run.model, tokenizer).train()
-        if text.bigram_table is not None and run.model.bigram:
-            with torch.no_grad():
-                self.model.bigram_table.copy_(text.bigram_table)
-        self.optimizer = make_optimizer(
-            self.model, lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay
-        )
+        set_bigram_table_(self.model, text)
+        self.optimizer = optimizer_of(self.model, run)
         order = torch.Generator().manual_seed(run.seed)
         self.sampler = BlockSampler(text.stream, run.model.n_ctx, run.batch_size, order, text.bos)
         self.step_done = 0
@@ -118,20 +121,7 @@ class Trainer:
         grad_rms = normalise_gradients_(model)
         if not math.isfinite(grad_rms):
             raise self._non_finite(f"the loss is {value:.4g} and its gradient {grad_rms}")
-        density = density_at(
-            self.step_done,
-            n_steps=run.n_steps,
-            final_density=run.model.density,
-            schedule=run.density_schedule,
-            begin_frac=run.density_begin_frac,
-            end_frac=run.density_end_frac,
-        )
-        lr = run.lr * lr_schedule(self.step_done, n_steps=run.n_steps, warmup_frac=run.warmup_frac)
-        lr *= lr_multiplier(density) if run.lr_follows_density else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        project_(model, density)
+        lr, density = advance_(model, self.optimizer, run, self.step_done)
         self.step_done += 1
         measured = self.step_done % run.validate_every == 0 or self.step_done == run.n_steps
         record = StepRecord(
@@ -177,9 +167,7 @@ class Trainer:
         sound = all(bool(torch.isfinite(t).all()) for t in tensors.values())
         if not sound or not math.isfinite(validation_loss(self.model, self.text.validation[:8])):
             raise self._non_finite("the weights have left the range in which the loss is a number")
-        for name, p in self._trained():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= optimizer_tensors(self.optimizer, self.model)
         tensors |= {f"sampler.{k}": v for k, v in self.sampler.state_dict().items()}
         for i, support in enumerate(self._support or []):
             tensors[f"support.{i}"] = support
@@ -189,11 +177,8 @@ class Trainer:
             "run": self.run.to_json(),
             "text": json.dumps(self._text_sha256),
             "seconds": repr(self.seconds),
-            "threads": str(torch.get_num_threads()),
         }
-        _replace(
-            folder / CHECKPOINT, safetensors_bytes({n: t.detach().contiguous() for n, t in tensors.items()}, metadata)
-        )
+        write_checkpoint(folder, tensors, metadata)
 
     def load(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`.
@@ -202,7 +187,7 @@ class Trainer:
             CheckpointError: if there is none, it is damaged, or it belongs to another run or text.
         """
         path = folder / CHECKPOINT
-        tensors, metadata = _read_checkpoint(path)
+        tensors, metadata = read_checkpoint(path)
         self._refuse_another(path, metadata)
         try:
             saved = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
@@ -212,10 +197,7 @@ class Trainer:
             self.sampler.load_state_dict(
                 {k.removeprefix("sampler."): v for k, v in tensors.items() if k.startswith("sampler.")}
             )
-            for name, p in self._trained():
-                keys = [n for n in tensors if n.startswith("optimizer.") and n.split(".", 2)[2] == name]
-                if keys:
-                    self.optimizer.state[p] = {n.split(".")[1]: tensors[n].to(p.device) for n in keys}
+            load_optimizer_(self.optimizer, self.model, tensors)
             n_support = sum(n.startswith("support.") for n in tensors)
             device = self.model.embed.W_E.device
             self._support = [tensors[f"support.{i}"].to(device) for i in range(n_support)] or None
@@ -223,12 +205,7 @@ class Trainer:
             self.step_done, self.seconds = int(metadata["step"]), float(metadata.get("seconds", 0.0))
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} is incomplete ({error}); delete it and train again.") from error
-        if int(metadata.get("threads", torch.get_num_threads())) != torch.get_num_threads():
-            warnings.warn(
-                f"the run used {metadata['threads']} threads and continues on {torch.get_num_threads()}: sums are "
-                "taken in another order, so the last bits of the weights will not be those of an uninterrupted run.",
-                stacklevel=2,
-            )
+        warn_of_threads(metadata)
 
     def _refuse_another(self, path: Path, metadata: dict[str, str]) -> None:
         """Raise CheckpointError unless the checkpoint belongs to this run and text."""
@@ -247,8 +224,12 @@ class Trainer:
     def _learns(self) -> bool:
         return self.model.cfg.bigram and self.model.cfg.bigram_learnable
 
-    def _trained(self) -> list[tuple[str, Tensor]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+@torch.no_grad()
+def set_bigram_table_(model: HookedSparseTransformer, text: TrainingText) -> None:
+    """Give a model the bigram table that its text begins with, if there is one."""
+    if text.bigram_table is not None and model.cfg.bigram:
+        model.bigram_table.copy_(text.bigram_table)
 
 
 @torch.no_grad()
@@ -287,7 +268,7 @@ def train(
     trainer = Trainer(run, text, tokenizer)
     if resume and (out / CHECKPOINT).exists():
         trainer.load(out)
-    _rewind_metrics(out, trainer.step_done)
+    rewind_metrics(out, trainer.step_done)
     _say_low_floors(trainer)
     if trainer.step_done == run.n_steps:
         _finish(trainer, out, command)
@@ -295,7 +276,7 @@ def train(
         total=run.n_steps, initial=trainer.step_done, disable=not progress, unit="step", desc=run.name, mininterval=1.0
     )
     began, began_at = time.monotonic(), trainer.step_done
-    with bar, _writing(out), (out / METRICS).open("a", encoding="utf-8") as metrics:
+    with bar, writing(out), (out / METRICS).open("a", encoding="utf-8") as metrics:
         while trainer.step_done < run.n_steps:
             record = trainer.step()
             metrics.write(json.dumps(record._asdict()) + "\n")
@@ -323,25 +304,14 @@ def claim_folder(out: Path, run: RunConfig, *, resume: bool) -> None:
     Raises:
         CheckpointError: if `out` cannot be written, holds a run, or (with `resume`) holds none or another.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {out}: {error.strerror}. Choose another folder.") from error
+    check_writable(out)
     if resume:
         differences = stored_run(out).differences(run)
         if differences:
             raise CheckpointError(_another_run(out / RUN, differences))
         return
-    for name in (CHECKPOINT, METRICS, MODEL):
-        if (out / name).exists():
-            raise CheckpointError(
-                f"{out} already holds a run ({name} is there). Continue it with resume=True (--resume), or choose "
-                "another folder."
-            )
-    _replace(out / RUN, run.to_json().encode())
+    refuse_occupied(out, (CHECKPOINT, METRICS, MODEL))
+    replace_file(out / RUN, run.to_json().encode())
 
 
 def stored_run(out: Path) -> RunConfig:
@@ -363,19 +333,6 @@ def _another_run(path: Path, differences: list[str]) -> str:
     )
 
 
-def _rewind_metrics(out: Path, n_steps: int) -> None:
-    """Cut the records at the checkpoint that training continues from."""
-    path = out / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines[:n_steps] if line.endswith("\n")]
-    if len(kept) < n_steps:
-        raise CheckpointError(
-            f"{path} has {len(kept)} records, fewer than the {n_steps} steps of the checkpoint: the folder was changed "
-            "by hand. Train again in another folder."
-        )
-    _replace(path, "".join(kept).encode())
-
-
 def _say_low_floors(trainer: Trainer) -> None:
     """Warn once where the density leaves too little for the paper's floor."""
     density = trainer.run.model.density
@@ -392,8 +349,7 @@ def _say_low_floors(trainer: Trainer) -> None:
 
 def _checkpoint(trainer: Trainer, metrics: TextIO, out: Path) -> None:
     """The records first: a checkpoint never knows of a step that they do not."""
-    metrics.flush()
-    os.fsync(metrics.fileno())
+    on_disk(metrics)
     trainer.save(out)
 
 
@@ -409,50 +365,3 @@ def _finish(trainer: Trainer, out: Path, command: str | None) -> None:
             command=command,
         )
         trainer.model.save(out / MODEL, card=card, validation=trainer.text.validation)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """A full disk is an error that says what to do; what was written before it stays whole."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, SparseInterpError):
-            raise
-        raise SparseInterpError(
-            f"cannot write to {out}: {error.strerror}. The last checkpoint is intact; make room and resume."
-        ) from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path` under its temporary name first: on the disk whole, or not there."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    with _writing(path.parent):
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except OSError:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.exists():
-        raise CheckpointError(f"{path.parent} has no {path.name} to resume from; train without resume first.")
-    try:
-        with safe_open(path, "pt") as file:
-            # cloned: what safetensors returns lies in the file, which the next checkpoint replaces
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and train again.") from error
-    if not {"run", "step"} <= metadata.keys():
-        raise CheckpointError(f"{path} is no checkpoint of a training run; delete it and train again.")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path} is damaged ({name} is not finite); delete it and train again.")
-    return tensors, metadata

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_interp.model.transformer import HookedSparseTransformer
+from sparse_interp.training.recipes import RunConfig
+from sparse_interp.training.sparsity import density_at, lr_multiplier, project_
 
 
 def lr_schedule(step: int, *, n_steps: int, warmup_frac: float) -> float:
@@ -22,7 +24,7 @@ def lr_schedule(step: int, *, n_steps: int, warmup_frac: float) -> float:
 
 
 def make_optimizer(
-    model: HookedSparseTransformer, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over what trains: decay on matrices; none on biases, gains and sinks."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -31,6 +33,32 @@ def make_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cpu", "cuda") for _, p in trained)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def optimizer_of(model: HookedSparseTransformer, run: RunConfig) -> torch.optim.AdamW:
+    """The optimizer that `run` asks for."""
+    return make_optimizer(model, lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay)
+
+
+def advance_(
+    model: HookedSparseTransformer, optimizer: torch.optim.Optimizer, run: RunConfig, step: int
+) -> tuple[float, float]:
+    """Step `step` of `run`, once there are gradients: AdamW, then the projection. Returns its rate and density."""
+    density = density_at(
+        step,
+        n_steps=run.n_steps,
+        final_density=run.model.density,
+        schedule=run.density_schedule,
+        begin_frac=run.density_begin_frac,
+        end_frac=run.density_end_frac,
+    )
+    lr = run.lr * lr_schedule(step, n_steps=run.n_steps, warmup_frac=run.warmup_frac)
+    lr *= lr_multiplier(density) if run.lr_follows_density else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    project_(model, density)
+    return lr, density
 
 
 @torch.no_grad()

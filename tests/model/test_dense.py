@@ -13,7 +13,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import Node, n_nodes, places, width
+from sparse_interp.model.sites import Node, n_nodes, places, stream_hook, width
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +286,26 @@ def test_a_mean_needs_places_that_fire_once(make_bridge):
     attn.register_forward_pre_hook(lambda module, args: (module.hook_in(args[0]), *args[1:]))
     with pytest.raises(ConfigError, match="blocks.0.attn.hook_in fires more than once in a run"):
         mean_activations(bridge, torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_a_run_between_residual_sites_holds_what_a_whole_run_holds_there(any_kind, tokens):
+    model = hooked(any_kind)
+    with torch.no_grad():
+        logits, streams = model(tokens), [model.between(tokens, leave=site) for site in range(5)]
+        for site, stream in enumerate(streams):
+            torch.testing.assert_close(model.between(tokens, enter=(site, stream)), logits)
+            torch.testing.assert_close(model.between(tokens, enter=(site, stream), leave=4), streams[4])
+            if site % 2 == 0:
+                assert torch.equal(stream, model(tokens, stop_at_layer=site // 2))
+    with pytest.raises(ConfigError, match="site 0 to 5"):
+        model.between(tokens, leave=5)
+
+
+def test_what_enters_a_residual_site_is_what_moves_the_rest(any_kind, tokens):
+    model = hooked(any_kind)
+    with torch.no_grad():
+        stream = model.between(tokens, leave=3) + 1.0
+        moved = [(stream_hook(3), lambda resid, hook: stream)]
+        with model.hooks(fwd_hooks=moved):
+            expected = model(tokens)
+        torch.testing.assert_close(model.between(tokens, enter=(3, stream)), expected)

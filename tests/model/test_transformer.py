@@ -10,6 +10,7 @@ from transformer_lens import TransformerLensKeyValueCache
 
 from sparse_interp.errors import ConfigError, TokenizerError
 from sparse_interp.model.aliases import position_axis
+from sparse_interp.model.sites import stream_hook
 from sparse_interp.model.transformer import HookedSparseTransformer
 
 SITES = ("attn_read", "q", "k", "v", "attn_write", "mlp_read", "neuron", "mlp_write", "resid_mid", "resid_post")
@@ -518,3 +519,49 @@ def test_the_state_has_parameters_and_the_table_and_nothing_else(any_model):
     names = {name for name, _ in any_model.named_parameters()}
     assert set(any_model.state_dict()) - names <= {"bigram_table"}
     assert "unembed.W_U" in names or any_model.cfg.tie_unembed
+
+
+# -- from one residual site to another --------------------------------------------------------------------------------
+
+
+def test_a_run_between_residual_sites_holds_what_a_whole_run_holds_there(any_model, tokens):
+    seen = {}
+    names = [stream_hook(site) for site in range(5)]
+    with torch.no_grad():
+        logits = any_model.run_with_hooks(
+            tokens, fwd_hooks=[(n, lambda x, hook: seen.update({hook.name: x})) for n in names]
+        )
+        streams = [any_model.between(tokens, leave=site) for site in range(5)]
+        for site, stream in enumerate(streams):
+            assert torch.equal(stream, seen[names[site]])
+            assert torch.equal(any_model.between(tokens, enter=(site, stream)), logits)
+            for stop in range(site, 5):
+                assert torch.equal(any_model.between(tokens, enter=(site, stream), leave=stop), streams[stop])
+        assert torch.equal(any_model.between(tokens), logits)
+
+
+def test_a_run_between_sites_of_a_padded_batch_is_that_of_each_prompt(plain_model, tokens):
+    padded = torch.cat([torch.zeros(3, 2, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(9) >= 2).long().expand(3, -1)
+    with torch.no_grad():
+        stream = plain_model.between(padded, leave=1, attention_mask=mask)
+        torch.testing.assert_close(stream[:, 2:], plain_model.between(tokens, leave=1))
+        logits = plain_model.between(padded, enter=(1, stream), attention_mask=mask)
+        torch.testing.assert_close(logits[:, 2:], plain_model(tokens))
+
+
+def test_a_run_from_the_middle_of_a_block_does_not_run_its_attention(plain_model, tokens):
+    met = []
+    hooks = [(f"blocks.{layer}.attn.hook_v", lambda v, hook: met.append(hook.name)) for layer in range(2)]
+    with plain_model.hooks(fwd_hooks=hooks):
+        plain_model.between(tokens, enter=(1, torch.zeros(3, 7, 12)))
+    assert met == ["blocks.1.attn.hook_v"]
+
+
+def test_residual_sites_that_are_not_there_or_lie_behind_are_refused(plain_model, tokens):
+    with pytest.raises(ConfigError, match="site 0 to 5: a model of 2 layers has sites 0 to 4"):
+        plain_model.between(tokens, leave=5)
+    with pytest.raises(ConfigError, match="site 3 to 2"):
+        plain_model.between(tokens, enter=(3, torch.zeros(3, 7, 12)), leave=2)
+    with pytest.raises(ConfigError, match="d_model=12"):
+        plain_model.between(tokens, enter=(3, torch.zeros(3, 7, 10)))
