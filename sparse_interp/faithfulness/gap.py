@@ -24,9 +24,9 @@ from sparse_interp.faithfulness.rows import QUICK, count
 from sparse_interp.faithfulness.scores import mean_of
 from sparse_interp.faithfulness.sheet import ANSWER_OR_FOIL, VOCABULARY, Sheet
 from sparse_interp.faithfulness.thresholds import GAP
-from sparse_interp.interventions.answers import all_answer_logits
+from sparse_interp.interventions.ablation import Ablation
+from sparse_interp.interventions.answers import AnswerLogits
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.model.text import evaluating
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task, kl_divergence
 
@@ -131,7 +131,8 @@ def _add_rivals(
     except SparseInterpError as error:
         sheet.rows.append(not_run(*named, str(error)))
         return
-    records = [_compared(sheet, other) for other in others]
+    own = _answers(sheet, circuit)
+    records = [_compared(sheet, own, other) for other in others]
     sheet.details["rivals"] = frame = pd.DataFrame(records)
     draws = list(range(len(frame)))
     unit, over = "edges" if circuit.edges_pruned else "nodes", f"interval over {n_rivals} seeds"
@@ -148,15 +149,17 @@ def _add_rivals(
     sheet.add(GAP, apart, f"circuit, {RIVALS}", mean("kl_nats"), "nats", f"{VOCABULARY}; {over}")
 
 
-def _compared(sheet: Sheet, other: Circuit) -> dict:
-    """How a circuit of another seed compares with the one that is audited."""
-    circuit, batch = sheet.circuit, sheet.scores.batch
-    logits = []
-    with evaluating(sheet.model):
-        for each in (circuit, other):
-            with each.running(sheet.model):
-                logits.append(all_answer_logits(sheet.model, batch).double())
-    apart = [kl_divergence(logits[a], logits[1 - a], batch).mean().item() for a in (0, 1)]
+def _answers(sheet: Sheet, circuit: Circuit) -> AnswerLogits:
+    """What a circuit answers to the sheet's prompts."""
+    ablation = Ablation.full(circuit.baseline)
+    return ablation.answer_logits(sheet.model, circuit.kept, sheet.scores.batch, within=circuit.cutting)[0].double()
+
+
+def _compared(sheet: Sheet, own: AnswerLogits, other: Circuit) -> dict:
+    """How a circuit of another seed compares with the one that is audited, whose answers are `own`."""
+    circuit, theirs = sheet.circuit, _answers(sheet, other)
+    both = ((own, theirs), (theirs, own))
+    apart = [kl_divergence(p, q, sheet.scores.batch).mean().item() for p, q in both]
     return {
         "seed": other.seed,
         "n_nodes": other.n_nodes,

@@ -10,8 +10,8 @@ from known_models import hand_built
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import all_nodes, edges_among
-from sparse_interp.faithfulness.partial import partial_ablation
-from sparse_interp.faithfulness.scores import score_circuit
+from sparse_interp.faithfulness.partial import _table, partial_ablation
+from sparse_interp.faithfulness.scores import PromptScores, score_circuit
 from sparse_interp.interventions.ablation import Ablation
 from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides
 from sparse_interp.interventions.baselines import task_means
@@ -80,6 +80,26 @@ def test_no_scheme_is_worse_than_the_worst():
         assert table.worst.task_loss.mean == pytest.approx(table.frame.task_loss_nats.max(), rel=1e-6)
         adversary = table.frame[table.frame.raises == "KL"].kl_nats.item()
         assert adversary >= table.frame[table.frame.scheme != "adversarial"].kl_nats.max() - 1e-6
+
+
+def test_the_worst_of_each_measure_is_that_of_its_own_scheme():
+    """One adversary finds the largest divergence, another the largest loss, and a draw is worse than neither."""
+
+    def run(kl, loss):
+        names = {"kl": kl, "task_loss": loss, "correct": 1 - loss, "agrees": 1 - kl, "argmax": 0, "logit_difference": 0}
+        return PromptScores(**{name: torch.full((4,), float(value)) for name, value in names.items()})
+
+    found = {("full", ""): (0.1, 0.1), ("stochastic", ""): (0.3, 0.2), ("adversarial", "KL"): (0.9, 0.2)}
+    found |= {("adversarial", "task loss"): (0.4, 0.8)}
+    tried = [
+        ({"scheme": scheme, "draw": None, "raises": raises, "ablation": ""}, run(*values))
+        for (scheme, raises), values in found.items()
+    ]
+    table = _table(tried, torch.full((4,), 0.05), [0, 0, 1, 1], seeded())
+    names = ("kl", "agreement", "task_loss", "loss_gap", "accuracy")
+    outcomes = (table.full, table.expected, table.worst)
+    means = [[round(getattr(outcome, name).mean, 5) for name in names] for outcome in outcomes]
+    assert means == [[0.1, 0.9, 0.1, 0.05, 0.9], [0.3, 0.7, 0.2, 0.15, 0.8], [0.9, 0.1, 0.8, 0.75, 0.2]]
 
 
 def test_rows_are_what_scores_measure_of_the_same_draws():
