@@ -99,6 +99,16 @@ from sparse_interp.bridges.hybrid import hybrid_logits as hybrid_logits
 from sparse_interp.bridges.hybrid import sampled_paths as sampled_paths
 from sparse_interp.bridges.training import train_bridges as train_bridges
 from sparse_interp.bridges.rotated import rotated_twin as rotated_twin
+from sparse_interp.bridges.stretches import dense_streams as dense_streams
+from sparse_interp.bridges.steering import explain as explain
+from sparse_interp.bridges.steering import feature_direction as feature_direction
+from sparse_interp.bridges.steering import steer as steer_across  # noqa: F401 - `steer` is one model's own
+from sparse_interp.bridges.steering import transfer as transfer
+from sparse_interp.bridges.attribution import attribute_across as attribute_across
+from sparse_interp.bridges.evaluation import BridgeTable as BridgeTable
+from sparse_interp.bridges.evaluation import CausalCase as CausalCase
+from sparse_interp.bridges.evaluation import evaluate as evaluate_bridge  # noqa: F401 - public under a longer name
+from sparse_interp.bridges.curves import steering_curve as steering_curve
 from sparse_interp.tokens import TokenView as TokenView
 from sparse_interp.tokens import attention_view as attention_view
 from sparse_interp.tokens import token_view as token_view

@@ -117,6 +117,15 @@ def _from(bridge: Bridge, node: Node, site: int) -> list[SitePair]:
     return found
 
 
+def first_behind(bridge: Bridge, node: Node) -> SitePair:
+    """The first tied pair at or behind which a node is in the stream.
+
+    Raises:
+        BridgeError: for q and k channels, or if nothing is tied there.
+    """
+    return _from(bridge, node, site_of(node))[0]
+
+
 def steer(
     bridge: Bridge,
     sparse: AnyModel,
@@ -144,7 +153,7 @@ def steer(
     """
     bridge.check(sparse, dense)
     direction = feature_direction(bridge, sparse, node)
-    pair = _from(bridge, node, site_of(node))[0]
+    pair = first_behind(bridge, node)
     return push(dense, pair.dense, value * direction[pair], positions=positions)
 
 

@@ -89,15 +89,8 @@ def through(
     model: HookedSparseTransformer, start: int, stop: int, resid: SparseResid, mask: Tensor | None = None
 ) -> SparseResid:
     """The stream at residual site `stop` of a run that begins with `resid` at site `start`; hooks are felt."""
-    if start == stop:
-        return resid
-    found: dict[str, Tensor] = {}
-    hooks: FwdHooks = [(stream_hook(stop), partial(_note, found, "stop"))]
-    if start % 2:  # attention before it is run for nothing
-        hooks.insert(0, (stream_hook(start), lambda _, hook: resid))
-    with model.hooks(fwd_hooks=hooks):
-        model(resid, attention_mask=mask, start_at_layer=start // 2, stop_at_layer=(stop + 1) // 2)
-    return found["stop"]
+    behind = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)  # a run that ends in the stream
+    return model.between(behind, enter=(start, resid), leave=stop, attention_mask=mask)
 
 
 def last_read(model: HookedSparseTransformer, resid: SparseResid) -> tuple[SparseResid, Tensor]:
