@@ -521,13 +521,49 @@ def ab_in_turn() -> rasp.SOp:
     return holds_nowhere(wrong)
 
 
+def of_few_letters() -> Iterator[tuple[str, Program]]:
+    """Programs of the other families, of so few letters that the words of a task show nearly all that can happen."""
+    few = {
+        "bits": {"alphabet": "ab", "longest": 6},
+        "abc": {"alphabet": "abc", "longest": 4},
+        "ones": {"alphabet": (1, 2), "longest": 6},
+        "digits": {"alphabet": (1, 2, 3), "longest": 4},
+        "plain": {"alphabet": "()", "longest": 6},
+    }
+    smaller = {
+        "moves": [
+            *(f"{name}_bits" for name in ("shift_1", "letter_middle", "letter_second_last", "rotate_1")),
+            *(f"{name}_abc" for name in ("first_or_last", "first_if_long", "letter_middle", "shift_1")),
+        ],
+        "counts": [
+            *(f"{name}_bits" for name in ("count_a", "count_a_mod_2", "at_least_3_a", "majority_a", "more_a_than_b")),
+            *(f"{name}_abc" for name in ("a_or_b_not_both", "both_parities", "count_a_mod_2", "histogram", "distinct")),
+        ],
+        "orders": [
+            *(f"{name}_ones" for name in ("sort", "sort_descending", "maximum", "most_frequent")),
+            *(f"{name}_digits" for name in ("maximum", "minimum", "second_largest", "most_frequent", "maximum_index")),
+        ],
+        "places": [f"{name}_bits" for name in ("seen_before", "all_same", "first_a", "last_a")],
+        "brackets": [f"{name}_plain" for name in ("dyck_depth", "dyck_open", "dyck_balance")],
+        "patterns": [
+            *(f"{name}_bits" for name in ("palindrome", "ends_alike", "same_as_before", "skip_pair")),
+            *(f"{name}_abc" for name in ("ends_ab", "ends_aa", "ends_alike", "like_first", "starts_as_wanted")),
+        ],
+    }
+    known = {name: program for family in FAMILIES for name, program in family()}
+    for names in smaller.values():
+        for name in names:
+            whole, _, letters = name.rpartition("_")
+            yield name, known[whole]._replace(**few[letters])
+
+
 FAMILIES = (moves, counts, orders, places, brackets, patterns)
 
 
 def programs() -> dict[str, Program]:
     """Every program, by name."""
     found: dict[str, Program] = {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, of_few_letters):
         for name, program in family():
             assert name not in found, name
             assert set(name) <= set(string.ascii_lowercase + string.digits + "_"), name

@@ -12,6 +12,7 @@ from sparse_interp.faithfulness.ground_truth import ground_truth, key_effects, k
 from sparse_interp.faithfulness.recover import roc_auc
 from sparse_interp.faithfulness.tracr import (
     COMPONENT_TASKS,
+    DEFAULT,
     TOLERANCE,
     tracr_answers,
     tracr_cases,
@@ -155,7 +156,7 @@ def test_greedy_removal_between_components_lands_on_the_edges_that_acdc_publishe
 
 
 def test_boards_and_names():
-    assert len(tracr_programs()) >= 100
+    assert len(tracr_cases("default")) == len(DEFAULT) == 30 and len(tracr_cases("full")) >= 100
     assert tracr_cases("default").keys() <= tracr_cases("full").keys() <= {f"tracr-{name}" for name in tracr_programs()}
     assert "tracr-shift_1" in tracr_cases("default")
     with pytest.raises(ConfigError, match="'default' or 'full'"):
