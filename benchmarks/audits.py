@@ -36,6 +36,9 @@ MODELS = ("stdlib-small", "stdlib-small-dense")
 KINDS = ("nodes", "edges")
 LEVELS = ("quick", "full")
 SETTINGS = {"n_prompts": 512, "n_random": 10, "n_rivals": 2}
+BAR = r"\|"
+"""A bar that begins no cell."""
+
 HEADING = "## Every circuit of the bundled models"
 SECTION = """
 Written by the command below, from the circuits of [discovery.md](discovery.md).
@@ -192,7 +195,7 @@ def bounds() -> str:
 def markdown(table: pd.DataFrame) -> str:
     """A table of text."""
     rows = [list(map(str, table.columns)), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows)
 
 
 def section(records: list[dict], command: str) -> str:

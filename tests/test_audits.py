@@ -93,6 +93,8 @@ def test_the_record_has_every_row_that_decides_and_the_page_has_it_once(script, 
     assert text.startswith("# What a circuit is worth\n\nSo much.\n") and text.count(script.HEADING) == 1
     kl = next(row for row in record["rows"] if row["measure"].startswith("KL"))
     assert f"| **{kl['value']:.3g}** |" in text and "fails: agreement" in text
+    cells = {line.replace(script.BAR, "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(cells) == 1, "a bar inside a cell would begin another"
     rows = (tmp_path / "out" / "audits.csv").read_text().splitlines()
     assert len(rows) == 1 + len(record["rows"])
     assert json.loads((tmp_path / "out" / "audits.json").read_text())["audits"] == records
