@@ -9,7 +9,8 @@
                 and with one node of every key held from the start, so that no key is left to be found
 
 Models are the hand-built ones, the planted cases of a board, and those planted beside two heads that cancel each other,
-either of which, with the other held, stands in for one of the key. Each circuit is measured on test pairs of the task
+either of which, with the other held, stands in for one of the key. A twin that a model does as it is (a remark may be a
+word that it goes by) is nothing to cheat on, and is left out. Each circuit is measured on test pairs of the task
 that it is one of: task loss, and KL(model || circuit), with nothing outside left, with random shares of it, and at the
 worst. Labels that a model does not know leave a search with nothing to find: a search that ends above a task loss of
 0.15 nats may end below one of LADDER, and the AUROC is given with those and without. AUROC: P(worst case of a cheating
@@ -39,6 +40,7 @@ from sparse_interp.faithfulness.ground_truth import ground_truths
 from sparse_interp.faithfulness.partial import Outcome, partial_ablation
 from sparse_interp.faithfulness.planted_cases import planted_cases
 from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import learn_gates
@@ -46,6 +48,7 @@ from sparse_interp.interventions.selection import Selection, split_pairs
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.results import write_whole
 from sparse_interp.tasks.controls import nonsense, relabelled, remarks_for, shuffled
+from sparse_interp.tasks.task import answer_loss
 from sparse_interp.tasks.templates import TemplateFile
 
 AGREEMENT = PruneConfig(n_train=60, n_selection=36, n_steps=40, batch_size=16)
@@ -102,6 +105,19 @@ def circuits(
             yield from by_task_loss(truth, task, means, generator)
 
 
+NONE_TO_CHEAT_ON = ("shuffled labels", "nonsense", "unrelated labels")
+"""Searches on labels that a model should not know."""
+
+
+@torch.no_grad()
+def check_unknown(truth: GroundTruth, task: si.Task, generator: torch.Generator) -> None:
+    """Raise TaskError if the model as it is has a task loss that a cheating circuit would be looked for with."""
+    batch = both_sides(task.batch(N_PAIRS, "test", generator=generator))
+    loss = answer_loss(all_answer_logits(truth.model, batch), batch).mean().item()
+    if loss <= LADDER[-1]:
+        raise si.TaskError(f"the model as it is has a task loss of {loss:.2f} nats on this twin of the task")
+
+
 def by_task_loss(
     truth: GroundTruth, task: si.Task, means: NodeValues, generator: torch.Generator
 ) -> Iterator[tuple[Circuit, float]]:
@@ -126,6 +142,8 @@ def cell(name: str, truth: GroundTruth, search: str, seed: int) -> list[dict]:
     began = time.process_time()
     try:
         task = TWINS[search](truth.task) if search in TWINS else truth.task
+        if search in NONE_TO_CHEAT_ON:
+            check_unknown(truth, task, torch.Generator().manual_seed(seed + 1))
         found = list(circuits(truth, search, task, means, generator))
     except (si.TaskError, si.CircuitError) as error:
         return [row | {"found": False, "why": str(error), "seconds": time.process_time() - began}]
