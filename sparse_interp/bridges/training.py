@@ -10,7 +10,7 @@ Gao et al. 2025 (arXiv 2511.13653); every loss is per token. A pass entered at i
 cost as the square of the depth. A step enters at `entries_per_step` of them, dealt like cards, and counts each
 n_pairs / entries_per_step times: the expected gradient is that of all. The dense model is never trained. Gradients of
 the bridge and of the sparse model are each divided by their own root mean square. Training begins from the least
-squares between the streams of a first batch.
+squares between the streams of some of the text.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ PAIR_LOSSES = ("encode", "decode", "enter_sparse", "enter_dense")
 """Losses that every pair of sites has; their coefficients end in `_coef`."""
 
 FIT_TOKENS = 1 << 14
-"""Tokens of the first batch from which the least squares begin."""
+"""Tokens of text between whose streams the least squares are taken."""
 
 
 class BridgeRecord(NamedTuple):
@@ -225,7 +225,7 @@ class BridgeTrainer:
         drawn = self.decks["pairs"].draw(min(n_pairs, config.entries_per_step or n_pairs)).tolist()
         with self._working():
             if self.step_done == 0:
-                self._fit(tokens)
+                self._fit()
             with torch.autocast(tokens.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
                 losses = self._losses(tokens, [self.bridge.pairs[i] for i in sorted(drawn)])
             loss = losses.total(config, n_pairs)
@@ -300,13 +300,19 @@ class BridgeTrainer:
         return Losses(by_pair, alone)
 
     @torch.no_grad()
-    def _fit(self, tokens: Tokens) -> None:
-        """Begin with the least squares between the streams of a batch."""
-        tokens = tokens[: max(1, FIT_TOKENS // tokens.shape[1])]
-        sparse, _ = streams_and_logits(self.sparse, tokens, [pair.sparse for pair in self.bridge.pairs])
-        dense, _ = streams_and_logits(self.dense, tokens, [pair.dense for pair in self.bridge.pairs])
+    def _fit(self) -> None:
+        """Begin with the least squares between the streams of some of the text, taken at even distances."""
+        n_blocks = min(len(self.blocks), max(1, FIT_TOKENS // self.blocks.shape[1]))
+        chosen = self.blocks[:: len(self.blocks) // n_blocks][:n_blocks].long()
+        sites = {SPARSE: [pair.sparse for pair in self.bridge.pairs], DENSE: [pair.dense for pair in self.bridge.pairs]}
+        found: dict[tuple[str, int], list[Tensor]] = {(kind, site): [] for kind in sites for site in sites[kind]}
+        for tokens in chosen.split(self.config.batch_size):
+            for kind, model in ((SPARSE, self.sparse), (DENSE, self.dense)):
+                streams, _ = streams_and_logits(model, tokens.to(self._device), sites[kind])
+                for site, stream in streams.items():
+                    found[kind, site].append(stream)
         for pair in self.bridge.pairs:
-            self.bridge.fit_(pair, sparse[pair.sparse], dense[pair.dense])
+            self.bridge.fit_(pair, torch.cat(found[SPARSE, pair.sparse]), torch.cat(found[DENSE, pair.dense]))
 
     @torch.no_grad()
     def measure(self, batch_size: int = 16) -> dict[str, Any] | None:
@@ -576,10 +582,9 @@ def _check_blocks(sparse: HookedModel, dense: HookedModel, blocks: Blocks, valid
                 f"{name} has shape {list(text.shape)}; blocks of 2 to {n_ctx} tokens are needed, which is what both "
                 "models can read."
             )
-        if not 0 <= int(text.min()) <= int(text.max()) < d_vocab:
-            raise BridgeError(
-                f"{name} has ids {int(text.min())} to {int(text.max())}; the models know 0 to {d_vocab - 1}."
-            )
+        least, most = int(text.min()), int(text.max())
+        if not 0 <= least <= most < d_vocab:
+            raise BridgeError(f"{name} has token ids {least} to {most}; the models know 0 to {d_vocab - 1}.")
 
 
 def _fitted_run(run: RunConfig, sparse: HookedModel, blocks: Blocks, config: BridgeConfig) -> RunConfig:

@@ -73,6 +73,16 @@ def test_a_loss_that_does_not_count_is_not_taken(sparse, dense, blocks):
     assert record.next_token is record.distillation is record.density is None
 
 
+def test_training_begins_with_the_least_squares_of_the_text(sparse, dense, blocks):
+    trainer = BridgeTrainer(sparse, dense, blocks, SIX)
+    trainer._fit()
+    by_hand, pair = Bridge.between(sparse, dense, SIX), SitePair(3, 3)
+    with torch.no_grad():
+        by_hand.fit_(pair, sparse.between(blocks, leave=3), dense.between(blocks, leave=3))
+    torch.testing.assert_close(trainer.bridge[pair].W_encode, by_hand[pair].W_encode, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(trainer.bridge[pair].W_decode, by_hand[pair].W_decode, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("encoder", ["abs_topk", "threshold"])
 def test_training_lowers_what_it_minimises_beyond_the_least_squares(sparse, dense, blocks, encoder):
     config = replace(SIX, n_steps=40, lr=1e-2, afrac=0.5, encoder=encoder, validate_every=40)
@@ -194,7 +204,7 @@ def test_what_is_decoded_teaches_the_sparse_model_and_what_is_encoded_does_not(m
     sparse = make_model(model_name="scratch", density=0.3)
     trainer = BridgeTrainer(sparse, dense, blocks, SIX, run=scratch_run(sparse))
     with trainer._working():
-        trainer._fit(blocks[:4])
+        trainer._fit()
         losses = trainer._losses(blocks[:4], [])
         for name, taught in (("encode", False), ("decode", True)):
             sparse.zero_grad()
