@@ -28,6 +28,7 @@ from typer import Argument, Option
 
 from sparse_interp.bridges.bridge import Bridge
 from sparse_interp.bridges.bridge_config import ENCODERS, BridgeConfig
+from sparse_interp.bridges.evaluation import evaluate as evaluate_bridge
 from sparse_interp.bridges.training import BRIDGE, PAIR_LOSSES, bridge_steps, stored_config
 from sparse_interp.circuit.describe import Description, describe, token_wires
 from sparse_interp.circuit.drives import token_text
@@ -94,7 +95,7 @@ EXPORTS = {"graphml": ".graphml", "json": ".graph.json", "dot": ".dot", "mib": "
 PUBLISHED_MEANS = "mean_baseline_pretrain.pt"
 
 BRIDGE_BLOCKS = 64
-"""Held-out blocks that a bridge is measured on as it is trained."""
+"""Held-out blocks, about so many, that a bridge is measured on."""
 
 CONTEXT_BLOCKS = 100
 """Blocks of held-out text that the contexts on a page are chosen from."""
@@ -315,6 +316,7 @@ def bridge(
     threads: Threads = None,
     text: Annotated[Path | None, Option(help="Train on the UTF-8 files below this folder, up to 1 MB each.")] = None,
     pattern: Annotated[str, Option(help="With --text: which files, by name.")] = "*",
+    evaluate: Annotated[bool, Option("--evaluate", help="Measure the bridge beside its controls, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a bridge between a SPARSE and a DENSE model, on the Python sources of this machine or a folder's files.
@@ -333,23 +335,22 @@ def bridge(
     if not resume:
         refuse_occupied(out, (CHECKPOINT, METRICS, BRIDGE, MODEL))
     run = recipes.recipe(sparse) if scratch else None
-    network, target = load(sparse) if run is None else HookedSparseTransformer(run.model), load(dense)
-    cfg = network.cfg
-    if cfg.tokenizer_name is None:
-        raise TokenizerError(f"{sparse} names no tokenizer, and text cannot be read without one.")
-    tokenizer = bundled_tokenizer(cfg.tokenizer_name)
-    network.set_tokenizer(tokenizer)
+    if run is None:
+        network = load(sparse)
+    else:
+        network = HookedSparseTransformer(run.model, bundled_tokenizer(run.model.tokenizer_name or "none"))
+    target, cfg = load(dense), network.cfg
+    if network.tokenizer is None:
+        raise TokenizerError(f"{sparse} has no tokenizer, and text cannot be read without one.")
     Bridge.between(network, target, config)
     _claim(out)
-    reading = _reading(out, text, pattern, tokenizer, run or RunConfig(name=sparse, model=cfg, n_tokens=10**9))
+    asked_of = run or RunConfig(name=sparse, model=cfg, n_tokens=10**9)
+    reading = _reading(out, text, pattern, network.tokenizer, asked_of)
     if run is not None:
         set_bigram_table_(network, reading)
     n_ctx = min(cfg.n_ctx, target.cfg.n_ctx)
-    held_out = reading.validation[:: max(1, len(reading.validation) // BRIDGE_BLOCKS), :n_ctx]
-    records = bridge_steps(
-        network, target, blocks_of(reading.stream, n_ctx, reading.bos), config,
-        run=run, validation=held_out, folder=out, resume=resume,
-    )  # fmt: skip
+    blocks, held_out = blocks_of(reading.stream, n_ctx, reading.bos), _some(reading.validation[:, :n_ctx])
+    records = bridge_steps(network, target, blocks, config, run=run, validation=held_out, folder=out, resume=resume)
     with _stop_signals() as stopping:
         for record in records:
             if stopping and record.step < config.n_steps:
@@ -357,6 +358,18 @@ def bridge(
                 print(f"stopped after step {record.step} of {config.n_steps}; --resume continues it.", file=sys.stderr)
                 raise typer.Exit(FAILED)
     _say_bridged(out / BRIDGE, as_json)
+    if evaluate:
+        if run is not None:
+            network = load(out / MODEL)
+        drawn = torch.Generator().manual_seed(config.seed)
+        found = Bridge.load(out / BRIDGE, network, target)
+        table = evaluate_bridge(found, network, target, held_out, fit_blocks=_some(blocks), generator=drawn)
+        table.save(out / "evaluation.csv")
+
+
+def _some(blocks: torch.Tensor) -> torch.Tensor:
+    """A few blocks, taken at even distances."""
+    return blocks[:: max(1, len(blocks) // BRIDGE_BLOCKS)]
 
 
 def _say_bridged(folder: Path, as_json: bool) -> None:

@@ -665,10 +665,11 @@ def test_a_bridge_is_trained_between_two_models_and_goes_on_after_an_interruptio
 
 def test_a_sparse_model_is_trained_with_its_bridge(command, sources, quick, tmp_path):
     dense = saved(tmp_path / "dense", n_ctx=16)
-    out, given = tmp_path / "run", ("--scratch", "--text", sources, "--steps", 2, "--batch", 2)
+    out, given = tmp_path / "run", ("--scratch", "--text", sources, "--steps", 2, "--batch", 2, "--evaluate")
     code, said, _ = command("bridge", "quick", dense, "--out", out, *given)
     assert code == 0 and "NMSE" in said and "2-2" in said
     Bridge.load(out / "bridge", load(out / "model"), load(dense))
+    assert len(pd.read_csv(out / "evaluation.csv")) > 0
 
 
 def test_models_that_cannot_be_tied_are_refused_before_any_text_is_read(command, whole_model, tmp_path):
