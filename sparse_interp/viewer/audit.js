@@ -49,10 +49,10 @@ function showAudit(view, audit) {
     auditTable(body), ...audit.curves.map(curveCard)));
 }
 
-/** A long verdict is a list of reasons: one line each. */
+/** Where the questions below give the reasons, the verdict's first words are enough. */
 function verdictLead(audit) {
-  const [first, ...reasons] = audit.verdict.split(/;\s*/);
-  return el("div", { className: "lead" }, el("p", {}, first), reasons.length ? el("ul", { className: "reasons" }, ...reasons.map((reason) => el("li", {}, reason))) : null);
+  const words = audit.questions.length ? audit.verdict.split(/[:;]/)[0] : audit.verdict;
+  return el("p", { className: "lead verdict-lead" }, words[0] ? `${words[0].toUpperCase()}${words.slice(1)}` : "");
 }
 
 /** One of the things that the verdict rests on. */

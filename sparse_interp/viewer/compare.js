@@ -49,7 +49,7 @@ function countTable(model, other, same) {
     const either = mine.size + new Set(theirs.map(id)).size - both;
     return same ? [name, ours.length, theirs.length, both, both / either] : [name, ours.length, theirs.length];
   });
-  const columns = ["", "this", "other", ...(same ? ["both", "Jaccard"] : [])];
+  const columns = ["what", "this", "other", ...(same ? ["both", "Jaccard"] : [])];
   const note = same ? "Circuits of one model: nodes and edges are the same where their ends are." : "Circuits of two models: their nodes have nothing in common but names, so only counts are compared.";
   return { title: "How much there is", columns, rows, note };
 }
@@ -58,5 +58,5 @@ function summaryTable(model, other) {
   const [ours, theirs] = [model, other].map((one) => new Map(one.data.summary));
   const audits = [model, other].map((one) => (one.data.audit === null ? "missing" : one.data.audit.verdict));
   const rows = [...new Set([...ours.keys(), ...theirs.keys()])].map((name) => [name, ours.get(name) ?? null, theirs.get(name) ?? null]);
-  return { title: "What was measured", columns: ["", "this", "other"], rows: [...rows, ["audit", ...audits]], note: "" };
+  return { title: "What was measured", columns: ["what", "this", "other"], rows: [...rows, ["audit", ...audits]], note: "" };
 }

@@ -32,8 +32,7 @@ function svgText(stage) {
   originals.forEach((element, i) => {
     const style = getComputedStyle(element);
     if (style.display === "none") { copies[i].setAttribute("data-hidden", ""); return; }
-    copies[i].setAttribute("style", DRAWN.map((property) => [property, style.getPropertyValue(property)])
-      .filter(([, value]) => value !== "").map(([property, value]) => `${property}:${value}`).join(";"));
+    for (const property of DRAWN) copies[i].style.setProperty(property, style.getPropertyValue(property));
     for (const attribute of ["tabindex", "role", "aria-pressed"]) copies[i].removeAttribute(attribute);
   });
   copy.querySelectorAll("[data-hidden]").forEach((element) => element.remove());

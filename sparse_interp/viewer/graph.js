@@ -30,15 +30,14 @@ function createGraph(stage, model, on, name = "main") {
   const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "hot-edges", "nodes", "railNames"].map(
     (part) => [part, world.append("g").attr("class", part)]));
   const heading = svg.append("g").attr("class", "heading").attr("aria-hidden", "true");
-  const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false, shown: null,
+  const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false, shown: null, sized: null,
     pinned: null, matches: null, out: new Set(), shared: new Set() };
 
   const zoom = d3.zoom().scaleExtent([0.12, 8]).filter(wantsZoom).on("zoom", (event) => {
-    const zoomed = event.transform.k !== state.transform.k;
     state.transform = event.transform;
     state.moved = state.moved || event.sourceEvent !== null;
-    applyTransform(zoomed);
-  });
+    applyTransform();
+  }).on("end", fitSizes);
   svg.call(zoom).on("dblclick.zoom", null);
 
   function draw() {
@@ -53,8 +52,10 @@ function createGraph(stage, model, on, name = "main") {
     markMatches(state.matches);
     markShared(state.shared);
     markOut(state.out);
+    state.sized = null;
     fit(false);
-    applyTransform(true);
+    applyTransform();
+    fitSizes();
   }
 
   function size() {
@@ -77,18 +78,24 @@ function createGraph(stage, model, on, name = "main") {
     return still ? svg : svg.transition().duration(260);
   }
 
-  /** Sizes that follow the zoom are set when it changes and at no other time: moving a large graph costs one attribute. */
-  function applyTransform(zoomed) {
+  /** While the graph moves, one attribute moves it, and the headings follow. */
+  function applyTransform() {
     const { x, k } = state.transform;
     world.attr("transform", state.transform);
-    if (zoomed) {
-      svg.style("--k", k);
-      svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
-      svg.classed("far", k < 0.5);
-      svg.classed("rails-named", state.layout.railGap * k >= 12.5);
-    }
-    layers.railNames.selectAll("text").attr("x", (rail) => Math.max(rail.start, (6 - x) / k));
+    const start = state.layout.rails.length ? state.layout.rails[0].start : 0;
+    layers.railNames.attr("transform", `translate(${Math.max(start, (6 - x) / k)},0)`);
     drawHeading(heading, state.layout, state.transform, size().width);
+  }
+
+  /** Sizes that do not grow with the graph are set once it stands still: they touch every element. */
+  function fitSizes() {
+    const { k } = state.transform;
+    if (k === state.sized) return;
+    state.sized = k;
+    svg.style("--k", k);
+    svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
+    svg.classed("far", k < 0.5);
+    svg.classed("rails-named", state.layout.railGap * k >= 12.5);
   }
 
   function setRoving(id) {
@@ -237,7 +244,7 @@ function drawRails(group, names, layout) {
   group.selectAll("line").data(layout.rails, (rail) => rail.channel).join("line")
     .attr("x1", (r) => r.start).attr("x2", (r) => r.end).attr("y1", (r) => r.y).attr("y2", (r) => r.y);
   names.selectAll("text").data(layout.rails, (rail) => rail.channel).join("text")
-    .attr("x", (r) => r.start).attr("y", (r) => r.y).text((r) => r.channel);
+    .attr("y", (r) => r.y).text((r) => r.channel);
 }
 
 function drawHeads(group, layout) {
@@ -292,7 +299,8 @@ function reach(vertex) {
 
 function drawNodes(group, model, on, keyboard) {
   const joined = group.selectAll("g.vertex").data(model.vertices, (vertex) => vertex.id).join((enter) => {
-    const vertex = enter.append("g").attr("role", "button").attr("aria-pressed", "false").attr("data-id", (v) => v.id);
+    const vertex = enter.append("g").attr("role", "button").attr("aria-pressed", "false").attr("tabindex", -1)
+      .attr("data-id", (v) => v.id);
     vertex.append("path").attr("class", "halo");
     vertex.append("path").attr("class", "shape");
     vertex.append("text").attr("class", "name");

@@ -16,7 +16,7 @@ function fillPanel(panel, eyebrow, title, close, ...cards) {
   panel.replaceChildren(
     el("div", { className: "detail-head" },
       el("div", {}, el("p", { className: "eyebrow" }, eyebrow), el("h2", {}, title)),
-      close ? el("button", { type: "button", className: "quiet", "aria-label": "Unpin this", onclick: close }, "Close") : null),
+      close ? el("button", { type: "button", className: "quiet", onclick: close }, "Close") : null),
     ...cards.filter(Boolean));
   panel.scrollTop = 0;
 }
@@ -56,7 +56,7 @@ function knockOutCard(model, what, acts) {
   label();
   button.addEventListener("click", () => { button.setAttribute("aria-pressed", String(acts.knock(out))); label(); });
   const card = section("Without it", el("p", { className: "hint" }, "Held at its baseline, as everything outside the circuit is. Measured, not estimated."),
-    tableOf({ title: `Without ${out.name}`, columns: ["", "circuit", "without", "change"], rows, note: "" }), promptLeads(model, out.outcome));
+    tableOf({ title: `Without ${out.name}`, columns: ["what", "circuit", "without", "change"], rows, note: "" }), promptLeads(model, out.outcome));
   card.querySelector("h3").append(button);
   return card;
 }

@@ -63,7 +63,7 @@ function fullName(vertex) {
 /** The few characters that fit beside a node in the graph. */
 function shortName(vertex) {
   if (isToken(vertex)) return tokenName(vertex.piece, 14);
-  return onRail(vertex) ? `ch ${vertex.channel}` : String(vertex.channel);
+  return String(vertex.channel);
 }
 
 /** Reads and writes touch the residual stream: their channel is a rail. */

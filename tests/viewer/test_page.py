@@ -4,6 +4,7 @@ Without a Chromium the browser's tests are skipped and say so; those of the text
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -594,6 +595,27 @@ def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
         assert all(math.hypot(a["x"] - b["x"], a["y"] - b["y"]) > 11 for b in drawn[:i])
 
 
+SIZES = [(1440, 900), (700, 1500), (1920, 1080), (420, 800)]
+
+
+@pytest.mark.parametrize("n_layers", [2, 12])
+@pytest.mark.parametrize("name", ["block-name", "column-name"])
+def test_no_two_headings_touch_in_any_window(show, n_layers, name):
+    per_site = dict(zip(SITES, (3, 2, 2, 3, 3, 3, 3, 2, 3), strict=True))
+    tab = show(circuit_page(n_layers, per_site, n_rails=9, share=0.45))
+    boxes = f"""[...document.querySelectorAll('#stage .heading .{name}')].filter((t) => t.textContent)
+      .map((t) => t.getBoundingClientRect()).map((b) => [b.left, b.right, b.top])"""
+    for width, height in SIZES:
+        tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        tab.settle()
+        tab.settle()
+        seen = sorted(tab.js(boxes))
+        assert seen or width < 700, (width, height)  # on a telephone twelve layers have no room for names
+        for top in {box[2] for box in seen}:
+            row = [box for box in seen if box[2] == top]
+            assert all(left > right for (_, right, _), (left, _, _) in pairwise(row)), (width, height)
+
+
 @pytest.mark.parametrize("n_layers", [2, 12])
 def test_no_two_layer_names_touch(show, n_layers):
     per_site = {site: int(site in ("attn_read", "attn_write", "mlp_read")) for site in SITES}
@@ -694,3 +716,211 @@ def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tm
     assert tab.js("document.querySelector('iframe').getBoundingClientRect().height") == 642  # with its border
     assert frame.complaints() == [] and tab.complaints() == [] and tab.requests() == []
     browser.close_tabs()
+
+
+def text_of(tab: Any, selector: str) -> str:
+    return tab.js(f"document.querySelector({json.dumps(selector)}).innerText")
+
+
+def test_a_knock_out_shows_what_was_measured_and_takes_the_wires_away(show):
+    page = small_page()
+    node = next(n for n in page.nodes if n.site == "neuron" and any(e.source == n.id for e in page.edges))
+    tab = show(page)
+    tab.click(f'#stage .vertex[data-id="{node.id}"]')
+    before = drawn_weights(tab)
+    tab.click("#detail .knock")
+    strip = text_of(tab, "#out")
+    assert f"neuron {node.channel}" in strip and "KL from the model 0.2 →" in strip and "accuracy 1 → 0.75" in strip
+    touching = sum(node.id in (e.source, e.target) for e in page.edges if e.kind == "weight")
+    assert drawn_weights(tab) == before - touching
+    assert tab.js("document.querySelectorAll('#stage .vertex.out .cross').length") == 1
+    tab.click("#out button")
+    assert drawn_weights(tab) == before and tab.js("document.querySelector('#out').hidden")
+    assert tab.js("document.querySelector('#stage .cross')") is None
+
+
+def test_prompts_stand_above_their_twins_with_the_answer_marked(show):
+    page = small_page()
+    node = next(n for n in page.nodes if n.site == "q")
+    tab = show(page)
+    tab.click(f'#stage .vertex[data-id="{node.id}"]')
+    pair = "document.querySelectorAll('#detail .pair .aligned:not(.answers)')"
+    number = "(p) => Number((p.title || '0').replace('−', '-'))"
+    shown = tab.js(f"[...{pair}].map((cell) => [...cell.querySelectorAll('.piece')].map({number}))")
+    ours, theirs = node.on_prompts[0]
+    assert [pair[0] for pair in shown] == pytest.approx(ours, rel=1e-2)
+    assert [pair[1] for pair in shown] == pytest.approx(theirs, rel=1e-2)
+    assert tab.js(f"[...{pair}].map((cell) => cell.classList.contains('differs'))") == [False] * 4 + [True, False]
+    answers = "[...document.querySelectorAll('#detail .answers .next')].map((next) => next.innerText)"
+    assert tab.js(answers) == ['")', "')"]
+    tab.js("[...document.querySelectorAll('#detail .choice button')].find((b) => b.innerText.includes('twin')).click()")
+    first = tab.js(f"Number({pair}[0].querySelector('.piece').title.replace('−', '-'))")
+    assert first == pytest.approx(ours[0] - theirs[0], rel=2e-2)
+
+
+def test_a_head_is_read_beside_its_nodes(show):
+    page = small_page()
+    node = next(n for n in page.nodes if n.site == "v")
+    tab = show(page)
+    tab.click(f'#stage .vertex[data-id="{node.id}"]')
+    assert "Looks at quotes." in text_of(tab, "#detail")
+    tab.js(
+        "[...document.querySelectorAll('#detail button')].find((b) => b.textContent === 'QK and OV reading').click()"
+    )
+    said = text_of(tab, "#detail")
+    assert f"Head {node.head}" in said and "QK: what makes its scores" in said and "Without it" in said
+    assert tab.js("document.querySelectorAll('#detail .choice button').length") == 3
+    tab.press("Escape")
+    assert "Choose a node" in text_of(tab, "#detail")
+
+
+def test_the_importance_threshold_hides_nodes_and_their_wires_and_keys_pass_over_them(show):
+    page = small_page()
+    tab = show(page)
+    tab.js("document.querySelector('#least').focus()")
+    for _ in range(20):
+        tab.press("ArrowRight")
+    kept = {n.id for n in sorted(page.nodes, key=lambda n: n.importance)[20:]}
+    seen = "[...document.querySelectorAll('#stage .vertex.node')].filter((v) => getComputedStyle(v).display !== 'none')"
+    assert set(tab.js(f"{seen}.map((v) => v.dataset.id)")) == kept
+    ends = tab.js(
+        "[...document.querySelectorAll('#stage .edges .edge.weight')].flatMap(({__data__: e}) => [e.source, e.target])"
+    )
+    assert set(ends) <= kept
+    assert f"{len(kept)} of {len(page.nodes)} nodes" in text_of(tab, "#least-output")
+    tab.js("document.querySelector('#stage .vertex[tabindex=\"0\"]').focus()")
+    assert walk(tab, "ArrowDown") | walk(tab, "ArrowUp") <= kept | {token.id for token in page.tokens}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_circuits_stand_side_by_side_and_only_those_of_one_model_share_nodes(show, same):
+    page = small_page()
+    ids = {n.id for n in page.nodes[::2]}
+    sha256 = "d6" if same else "a1"
+    other = replace(page, nodes=page.nodes[::2], tokens=(), heads=(), model_sha256=sha256, title="Nonsense",
+                    edges=[e for e in page.edges if {e.source, e.target} <= ids])  # fmt: skip
+    tab = show(replace(page, other=other))
+    tab.click("#tab-compare")
+    counts = [tab.js(f"document.querySelectorAll('.side')[{i}].querySelectorAll('.vertex').length") for i in (0, 1)]
+    assert counts == [len(page.nodes) + len(page.tokens), len(ids)]
+    rings = tab.js("document.querySelectorAll('.side:first-child .vertex.shared').length")
+    assert rings == (len(ids) if same else 0)
+    row = tab.js(
+        "[...document.querySelector('#view-compare .small-table tbody tr').cells].map((cell) => cell.innerText)"
+    )
+    jaccard = f"{len(ids) / len(page.nodes):.3g}"
+    assert row == ["nodes", str(len(page.nodes)), str(len(ids)), *([str(len(ids)), jaccard] if same else [])]
+    tab.click(".side:first-child .vertex.node")
+    assert tab.js("document.querySelector('#view-circuit').hidden") is False
+    assert tab.complaints() == []
+
+
+def saved(tab: Any, form: str) -> tuple[str, str]:
+    """Name and text of the file that an export hands to the browser."""
+    tab.js("""window.given = []; URL.createObjectURL = (blob) => { window.given.push(blob); return '#'; };
+      HTMLAnchorElement.prototype.click = function () { window.name_ = this.download; }; 0""")
+    tab.js(f"document.querySelector('#export [data-form={form}]').click()")
+    tab.js(
+        "new Promise((done) => { const wait = () => window.given.length ? done(1) : setTimeout(wait, 20); wait(); })"
+    )
+    return tab.js("window.name_"), tab.js("window.given[0].text()")
+
+
+def test_tables_and_pictures_can_be_taken_away(show):
+    page = small_page()
+    tab = show(page)
+    name, nodes = saved(tab, "nodes")
+    assert name == "single_double_quote-stdlib-small.nodes.csv"
+    assert [line.split(",")[0] for line in nodes.splitlines()[1:]] == [node.id for node in page.nodes]
+    tab.js("document.querySelector('#threshold').focus()")
+    tab.press("End")
+    _, edges = saved(tab, "edges")
+    assert sum(",weight," in line for line in edges.splitlines()) == sum(
+        e.kind == "weight" for e in sorted((e for e in page.edges if e.kind not in ("residual", "attention")),
+                                           key=lambda e: abs(e.weight))[-1:])  # fmt: skip
+    _, everything = saved(tab, "json")
+    assert json.loads(everything)["title"] == page.title
+    _, drawing = saved(tab, "svg")
+    assert drawing.startswith("<svg") and drawing.count('class="shape"') == len(page.nodes) + len(page.tokens)
+    assert "var(--" not in drawing and "light-dark" not in drawing, "a drawing carries its own colours"
+    tab.js("window.given = []; document.querySelector('#export [data-form=png]').click()")
+    tab.js(
+        "new Promise((done) => { const wait = () => window.given.length ? done(1) : setTimeout(wait, 20); wait(); })"
+    )
+    assert tab.js("window.given[0].type + ' ' + (window.given[0].size > 10000)") == "image/png true"
+    assert tab.complaints() == [] and tab.requests() == []
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_quoted(show):
+    node = PageNode(id='=cmd|"/c calc"!A1', layer=0, site="neuron", channel=0)
+    _, text = saved(show(CircuitPage(nodes=[node])), "nodes")
+    assert text.splitlines()[1].startswith('"\'=cmd|""/c calc""!A1"')
+
+
+def test_the_whole_page_can_be_used_without_a_mouse(show):
+    tab = show(replace(small_page(), other=small_page()))
+    visited: list[str] = []
+    for _ in range(25):
+        tab.press("Tab")
+        visited.append(tab.js("document.activeElement.id || document.activeElement.dataset.id || 'no name'"))
+    assert {"theme", "tab-circuit", "search", "threshold", "least", "show-residual", "detail"} <= set(visited)
+    tab.js("document.querySelector('#tab-circuit').focus()")
+    for name in ("audit", "compare", "channels", "origin", "circuit"):
+        tab.press("ArrowRight")
+        assert tab.js("document.activeElement.id") == f"tab-{name}"
+        assert tab.js(f"document.querySelector('#view-{name}').checkVisibility()")
+    tab.js("document.querySelector('#stage .vertex.q').focus()")
+    tab.press("Enter")
+    tab.js("document.querySelector('#detail .knock').focus()")
+    tab.press("Enter")
+    assert "Without" in text_of(tab, "#out")
+    tab.press("Enter")
+    assert tab.js("document.querySelector('#out').hidden")
+    tab.js("document.querySelector('#export summary').focus()")
+    tab.press("Enter")
+    assert tab.js("document.querySelector('#export').open")
+    assert tab.complaints() == []
+
+
+AXE = "axe_playwright_python"
+"""A Python package that ships axe-core as one file; nothing else of it is used."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(show, scheme):
+    found = importlib.util.find_spec(AXE)
+    if found is None:
+        pytest.skip(
+            "axe-core is not here; the extra `accessibility` brings it (pip install sparse_interp[accessibility])"
+        )
+    script = Path(found.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
+    tab = show(replace(small_page(), other=small_page()), scheme=scheme)
+    tab.js(f"{script}; 0")
+    for step in ("#tab-circuit", "#stage .vertex.q", "#detail .knock", "#tab-audit", "#tab-compare", "#tab-channels",
+                 "#tab-origin"):  # fmt: skip
+        tab.click(step)
+        run = "axe.run(document).then((r) => r.violations.map((v) => [v.impact, v.id, v.nodes[0].html.slice(0, 200)]))"
+        violations = tab.js(run)
+        assert [v for v in violations if v[0] in ("serious", "critical")] == [], step
+
+
+@pytest.mark.parametrize(
+    ("passed", "words"), [(True, "Audit passed"), (False, "Audit failed"), (None, "without a verdict")]
+)
+def test_the_audit_says_what_its_verdict_rests_on(show, passed, words):
+    questions = [
+        PageQuestion(about="sufficiency", passed=True),
+        PageQuestion(about="necessity", passed=passed, why="a reason"),
+    ]
+    row = PageAuditRow(measure="loss", condition="circuit", value=1.0, about="sufficiency", decides=True, passed=passed)
+    audit = PageAudit(verdict="fails: one thing; another", passed=passed, headline="the gap", questions=questions,
+                      rows=[row, replace(row, about="necessity", decides=False, value=None, passed=None)])  # fmt: skip
+    tab = show(replace(small_page(), audit=audit))
+    assert words in text_of(tab, "#verdict")
+    tab.click("#tab-audit")
+    said = text_of(tab, "#view-audit")
+    assert "Sufficiency" in said and "a reason" in said and "The gap." in said
+    marks = tab.js("[...document.querySelectorAll('.question .outcome')].map((mark) => mark.innerText.slice(2))")
+    assert marks == ["kept", {True: "kept", False: "missed", None: "not run"}[passed]]
+    tab.js("[...document.querySelectorAll('.filters button')].find((b) => b.innerText === 'Not run').click()")
+    assert tab.js("document.querySelectorAll('.audit .outcome').length") == 1
