@@ -48,7 +48,7 @@ class Tab:
 
     def open(self, path: Path) -> None:
         self.call("Page.navigate", url=path.as_uri())
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not self.js("document.readyState === 'complete' && location.protocol === 'file:'"):
             assert time.monotonic() < deadline, f"{path.name} did not load"
             time.sleep(0.02)
@@ -57,7 +57,7 @@ class Tab:
     def open_circuit(self, path: Path) -> None:
         """Open a circuit page, and wait until it has unpacked and drawn itself."""
         self.open(path)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not self.js("document.documentElement.dataset.ready === 'yes'"):
             assert time.monotonic() < deadline, f"{path.name} did not draw itself"
             time.sleep(0.02)
