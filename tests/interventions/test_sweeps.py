@@ -290,7 +290,6 @@ def test_memory_is_flat_over_hundreds_of_sweeps(make_model, batch):
             r"one number per prompt, here 3; this one gave \(\)",
         ),
     ],
-    ids=str,
 )
 def test_what_cannot_be_asked_is_refused(plain_model, batch, asked, error, message):
     with pytest.raises(error, match=message):
