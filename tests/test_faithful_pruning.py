@@ -239,6 +239,8 @@ def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
     assert sentences == [
         "Searched for agreement, nonsense has a circuit in 1 of 2 bundled cases, of 2 to 2 times the nodes of the real "
         "ones; that it takes at least 5 times the nodes or has none holds in 1 of 2.",
+        "Were KL 1 nats enough, rankings searched for agreement would have nonsense in 1 of 2 bundled cases, in 2 to 2 "
+        "times the nodes.",
         "On held-out prompts circuits searched for agreement have a task loss +0 nats from their models', mean of 3 "
         "bundled tasks; 0 of them are better than their model.",
     ]

@@ -31,8 +31,8 @@ FLOORS = [
 PURE = {"viewer/content": set(), "viewer/page": {"errors", "viewer/content"}}
 """Modules that stand on floor 0 whatever their room, with all that they may import.
 
-`viewer/page` turns the plain data of `viewer/content` into HTML and knows nothing of models or circuits. A `Circuit` on floor 5 writes its own
-page through it; were it on floor 8 like the rest of its room, that arrow would point upwards.
+`viewer/page` turns the plain data of `viewer/content` into HTML and knows nothing of models or circuits. A `Circuit` on
+floor 5 writes its own page through it; were it on floor 8 like the rest of its room, that arrow would point upwards.
 """
 
 INDEX_READERS = {"cli", "sweeps"}

@@ -391,7 +391,9 @@ def test_the_page_takes_every_row():
     absent = [row for row in page.rows if row.note.startswith("not run")]
     assert absent and all(row.value is None for row in absent)
     assert page.rows[0].measure == "accuracy gap (share)" and page.rows[0].n == 32
-    assert [(row.about, row.decides) for row in page.rows] == list(zip(table.frame.about, table.frame.decides))
+    assert [(row.about, row.decides) for row in page.rows] == list(
+        zip(table.frame.about, table.frame.decides, strict=True)
+    )
     assert [question.about for question in page.questions] == table.four.frame.about.tolist()
 
 
