@@ -1,6 +1,6 @@
 """Is a perfect bridge found where there is one, and a missing feature noticed? On rotated twins, whose bridge is known.
 
-    python benchmarks/bridges_rotated.py [--model two_hop quote random] [--missing 0 0.1] [--steps 300] [--lr 2e-3]
+    python benchmarks/bridges_rotated.py [--model two_hop quote random] [--missing 0 0.1] [--steps 300] [--lr 3e-5]
                                          [--seed 0] [--out benchmarks/results]
 
     two_hop, quote    models written by hand, with their tasks; the nodes are those of the answer key
@@ -9,8 +9,14 @@
 Every model is rotated at random, whole and with a tenth of its channels missing. Measured on held-out prompts: the
 bridge that is known, the same bridge trained (`si.train_bridges`, which begins with least squares; encoder keeping
 everything) on other prompts, and the controls of `si.evaluate_bridge`. What has to come out for whole twins: an NMSE
-below 1e-4 at every site, both ways, and a causal agreement above 0.99; for the others, the names of what is missing.
-Seconds are of processor time.
+below 1e-4 at every site, both ways, and a causal agreement above 0.99; for the others, the names of what is missing,
+none that is not, and the rest of it among the channels of which that cannot be told.
+
+The bridge of `quote` cannot be learned. Channels of its stream are copies of one another on every prompt that there is,
+so the stream spans fewer dimensions than it has, and nothing that is minimised, the losses of hybrid passes included,
+depends on what a decoder does with the others: tests/bridges/test_identifiability.py shows two bridges of equal losses,
+one of which carries ablations over and one of which does not. Ablating one of the copies leaves the span, and what that
+is in the dense model no text says. Seconds are of processor time.
 """
 
 import argparse
@@ -33,7 +39,10 @@ from sparse_interp.results import write_whole
 NMSE, AGREEMENT = 1e-4, 0.99
 """What a bridge between whole twins has to reach."""
 
-N_BLOCKS, N_HELD_OUT, N_PAIRS, N_NODES = 512, 64, 24, 40
+N_BLOCKS, N_HELD_OUT, N_PAIRS, N_NODES = 512, 64, 24, 24
+
+LR = 3e-5
+"""With a start that is nearly exact, short steps: the random model's KL multiplies what they are off by."""
 
 
 def main() -> None:
@@ -41,7 +50,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["two_hop", "quote", "random"])
     parser.add_argument("--missing", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=si.BridgeConfig.lr)
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -104,9 +113,11 @@ def summary(
     found |= {f"agreement, {row.bridge}": float(row.value) for row in controls.itertuples()}
     interval = controls[controls.bridge == "bridge"].iloc[0]
     found |= {"agreement_low": float(interval.low), "agreement_high": float(interval.high)}
-    found |= {"missing": list(twin.missing), "reported_missing": table.missing}
-    solved = nmse < NMSE and found["agreement, bridge"] > AGREEMENT and not table.missing
-    return found | {"solved": bool(solved)}
+    found |= {"missing": list(twin.missing), "reported_missing": table.missing, "cannot_be_told": table.undecided}
+    lacking, open_ones = set(twin.missing), set(table.undecided)
+    told = set(table.missing) <= lacking <= set(table.missing) | open_ones
+    reached = nmse < NMSE and found["agreement, bridge"] > AGREEMENT and not lacking
+    return found | {"missing_told": told, "solved": bool(reached)}
 
 
 def made(name: str, generator: torch.Generator) -> tuple[si.HookedSparseTransformer, torch.Tensor, si.CausalCase]:

@@ -9,7 +9,7 @@ width goes to 0, and exactly so where the loss is quadratic (Rajamanoharan et al
 positive activations). With u = log |z| - log theta, dT/dlog theta = -z K(u / width) / width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from sparse_interp.tokenizer import tokenizer_hash
 
 DenseStream = Float[Tensor, "*batch d_dense"]
 SparseStream = Float[Tensor, "*batch d_sparse"]
+
+RIDGES = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Strengths of a ridge regression to choose from, as shares of the mean variance of what is read."""
 
 
 @dataclass(frozen=True)
@@ -292,29 +295,48 @@ class Bridge(nn.Module):
         pair: SitePair,
         sparse_resid: Float[Tensor, "*batch d_sparse"],
         dense_resid: Float[Tensor, "*batch d_dense"],
-        ridge: float = 1e-3,
     ) -> None:
-        """Set one pair's linear maps to the least squares between two streams of the same tokens, in place.
+        """Set one pair's linear maps to the ridge regressions between two streams of the same tokens, in place.
 
-        `ridge` is a share of the mean variance of what a map reads. Thresholds are set so that `config.afrac` of all
-        channels exceed theirs.
+        Each is as strong as predicts the last fifth of the tokens best from the others (`RIDGES`), and is then fitted
+        to all of them, in float64. Thresholds are set so that `config.afrac` of all channels exceed theirs.
         """
         part, streams = self[pair], (sparse_resid.flatten(0, -2).double(), dense_resid.flatten(0, -2).double())
         for weight, bias, (read, wanted) in (
             (part.W_encode, part.b_encode, streams[::-1]),
             (part.W_decode, part.b_decode, streams),
         ):
-            mean, target = read.mean(0), wanted.mean(0)
-            read, wanted = read - mean, wanted - target
-            gram = read.mT @ read
-            strength = max(float(gram.diagonal().mean()), 1e-12) * ridge
-            found = torch.linalg.solve(gram + strength * torch.eye(len(gram)).to(gram), read.mT @ wanted)
+            found, shift = fitted(read, wanted)
             weight.copy_(found)
-            bias.copy_(target - mean @ found)
+            bias.copy_(shift)
         if part.log_theta is not None:
             size = part.before_cut(dense_resid).abs().flatten()
             rank = min(len(size), max(1, round((1 - self.config.afrac) * len(size))))
             part.log_theta.fill_(float(size.kthvalue(rank).values.clamp(min=1e-12).log()))
+
+
+@torch.no_grad()
+def fitted(
+    read: Float[Tensor, "token d_in"], wanted: Float[Tensor, "token d_out"]
+) -> tuple[Float[Tensor, "d_in d_out"], Float[Tensor, " d_out"]]:
+    """Weight and bias of the ridge regression of `wanted` on `read`, as strong as predicts tokens left out best."""
+    n = max(1, len(read) * 4 // 5)
+    errors = [
+        float((read[n:] @ weight + bias - wanted[n:]).square().sum())
+        for weight, bias in _ridges(read[:n], wanted[:n], RIDGES)
+    ]
+    return next(_ridges(read, wanted, [RIDGES[errors.index(min(errors))]]))
+
+
+def _ridges(read: Tensor, wanted: Tensor, shares: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weight and bias for every strength, from one decomposition."""
+    mean, target = read.mean(0), wanted.mean(0)
+    variances, directions = torch.linalg.eigh((read - mean).mT @ (read - mean))
+    products = directions.mT @ ((read - mean).mT @ (wanted - target))
+    typical = variances.mean().clamp_min(1e-12)
+    for share in shares:
+        weight = directions @ (products / (variances.clamp(min=0) + share * typical)[:, None])
+        yield weight, target - mean @ weight
 
 
 def nmse(predicted: Float[Tensor, "*batch width"], target: Float[Tensor, "*batch width"]) -> Float[Tensor, ""]:

@@ -6,8 +6,8 @@
     causal            a node of the sparse model is ablated, and the difference is carried over: do logit differences of
                       both models change alike?  With s and d the changes, over all nodes of circuits and their prompts,
                       agreement  =  2 sum s d / (sum s^2 + sum d^2):   1 only if d = s, 0 if they have nothing in common
-    missing           channels of the sparse stream that no encoder explains to one half: features that the dense model
-                      does not have, or that the bridge does not see
+    missing           channels of the sparse stream that the dense stream does not say, whatever the bridge, and those
+                      of which that cannot be told (`bridges/missing.py`)
 
 `agreement` is Lin's concordance (1989, Biometrics 45) about zero; beside it the share of equal signs, the size ratio
 sum s d / sum s^2, and Pearson's correlation. The controls: a `ridge map` fitted by least squares; an `untrained sparse
@@ -34,14 +34,8 @@ from sparse_interp.axes import Tokens
 from sparse_interp.bridges.bridge import Bridge
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
 from sparse_interp.bridges.hybrid import DENSE, SPARSE, HybridPath, hybrid_logits, sampled_paths, token_kl
-from sparse_interp.bridges.stretches import (
-    change_in,
-    decoded,
-    read_by,
-    sparse_side,
-    streams,
-    stretch_of,
-)
+from sparse_interp.bridges.missing import BLOCKS_AT_ONCE, held, missing_features
+from sparse_interp.bridges.stretches import change_in, decoded, read_by, sparse_side, streams, stretch_of
 from sparse_interp.errors import BridgeError
 from sparse_interp.faithfulness.controls import reinitialised
 from sparse_interp.faithfulness.scores import groups_of, mean_of, of_means, pearson
@@ -56,14 +50,10 @@ from sparse_interp.tasks.task import TaskBatch, logit_difference
 
 BRIDGE, RIDGE, UNTRAINED, WRONG = "bridge", "ridge map", "untrained sparse model", "wrong site"
 RANDOM, MEANS = "random direction", "difference of means"
-
-EXPLAINED = 0.5
-"""Share of a channel's variance that some encoder has to explain for its feature to count as found."""
+LACKED, OPEN = "missing: share of its own that is said", "cannot be told whether missing"
 
 FELT = 1e-3
 """Logits by which an ablation changes a prompt's logit difference before the sign of that is asked about."""
-
-BLOCKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +68,16 @@ class BridgeTable(Table):
 
     @property
     def missing(self) -> list[int]:
-        """Channels of the sparse stream whose features the bridge does not find in the dense model."""
-        return [int(where.split()[1]) for where in self.frame[self.frame.part == "missing"]["where"]]
+        """Channels of the sparse stream whose features the dense model does not have."""
+        return self._channels(LACKED)
+
+    @property
+    def undecided(self) -> list[int]:
+        """Channels of the sparse stream of which it cannot be told whether the dense model has them."""
+        return self._channels(OPEN)
+
+    def _channels(self, measure: str) -> list[int]:
+        return [int(where.split()[1]) for where in self.frame[self.frame.measure == measure]["where"]]
 
     def value(self, measure: str, where: str = "all tasks", bridge: str = BRIDGE) -> float:
         """One number.
@@ -168,6 +166,9 @@ def evaluate(
         rows = [row for variant in variants for row in _reconstruction(variant, other, blocks, generator)]
         rows += [row for variant in variants for row in _hybrids(variant, other, blocks, n_paths, generator)]
         rows += _causal(variants, other, cases, generator, progress)
+        lost = missing_features(model, other, bridge.pairs, blocks, fit_blocks=fit_blocks)
+    rows += [("missing", f"channel {c}", BRIDGE, LACKED, share, nan, nan) for c, share in lost.missing.items()]
+    rows += [("missing", f"channel {c}", BRIDGE, OPEN, nan, nan, nan) for c in lost.undecided]
     return BridgeTable(pd.DataFrame(rows, columns=list(BridgeTable.columns)))
 
 
@@ -192,8 +193,8 @@ def ridge_bridge(like: Bridge, sparse: AnyModel, dense: AnyModel, blocks: Tokens
     """A bridge at the sites of another, of linear maps fitted by least squares; its encoders keep everything."""
     made = Bridge.between(sparse, dense, BridgeConfig(sites=like.pairs, afrac=1.0))
     made = made.to(like[like.pairs[0]].W_encode)
-    ours = _held(hooked(sparse), blocks, [pair.sparse for pair in made.pairs])
-    theirs = _held(hooked(dense), blocks, [pair.dense for pair in made.pairs])
+    ours = held(hooked(sparse), blocks, [pair.sparse for pair in made.pairs])
+    theirs = held(hooked(dense), blocks, [pair.dense for pair in made.pairs])
     for pair in made.pairs:
         made.fit_(pair, ours[pair.sparse], theirs[pair.dense])
     return made
@@ -208,20 +209,15 @@ def _shifted(bridge: Bridge) -> Bridge:
     return made
 
 
-def _held(model: HookedModel, blocks: Tokens, sites: Sequence[int]) -> dict[int, Float[Tensor, "block pos width"]]:
-    parts = [streams(model, part, sites) for part in blocks.split(BLOCKS_AT_ONCE)]
-    return {site: torch.cat([part[site] for part in parts]) for site in dict.fromkeys(sites)}
-
-
-# -- reconstruction, and what is missing ------------------------------------------------------------------------------
+# -- reconstruction ---------------------------------------------------------------------------------------------------
 
 
 def _reconstruction(
     variant: _Variant, dense: HookedModel, blocks: Tokens, generator: torch.Generator
 ) -> list[tuple[Any, ...]]:
-    bridge, rows, best = variant.bridge, [], None
-    ours = _held(variant.sparse, blocks, [pair.sparse for pair in bridge.pairs])
-    theirs = _held(dense, blocks, [pair.dense for pair in bridge.pairs])
+    bridge, rows = variant.bridge, []
+    ours = held(variant.sparse, blocks, [pair.sparse for pair in bridge.pairs])
+    theirs = held(dense, blocks, [pair.dense for pair in bridge.pairs])
     for pair in bridge.pairs:
         mine, other = ours[pair.sparse], theirs[pair.dense]
         for way, found, wanted in (
@@ -237,12 +233,6 @@ def _reconstruction(
             rows.append(("reconstruction", str(pair), variant.name, f"nmse {way}", *share))
             mean = explained.clamp(min=0).nanmean().item()
             rows.append(("reconstruction", str(pair), variant.name, f"explained {way}", mean, nan, nan))
-            if way == "encode":
-                best = explained if best is None else torch.fmax(best, explained)
-    assert best is not None
-    if variant.name == BRIDGE:
-        lost = [(channel, share) for channel, share in enumerate(best.tolist()) if share < EXPLAINED]
-        rows += [("missing", f"channel {c}", BRIDGE, "explained encode, best site", s, nan, nan) for c, s in lost]
     return rows
 
 

@@ -9,8 +9,11 @@ Per step, with h the streams of both models on one batch, and i running over the
 Gao et al. 2025 (arXiv 2511.13653); every loss is per token. A pass entered at i costs what lies behind i, so all pairs
 cost as the square of the depth. A step enters at `entries_per_step` of them, dealt like cards, and counts each
 n_pairs / entries_per_step times: the expected gradient is that of all. The dense model is never trained. Gradients of
-the bridge and of the sparse model are each divided by their own root mean square. Training begins from the least
-squares between the streams of some of the text.
+the bridge and of the sparse model are each divided by their own root mean square. Training begins from the ridge
+regressions between the streams of some of the text, and between models that stay as they are the maps take their steps
+in the coordinates of `bridges/coordinates.py`. Where AbsTopK acts, a KL grows as the error of a stream and not as its
+square, and its gradient knows nothing of the channels that change places: a start that is exact is left for as far as
+steps are long, and come back to as they fall to nothing.
 """
 
 import hashlib
@@ -31,6 +34,7 @@ from tqdm import tqdm
 from sparse_interp.axes import Logits, Tokens
 from sparse_interp.bridges.bridge import Bridge, End, nmse
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
+from sparse_interp.bridges.coordinates import Coordinates
 from sparse_interp.bridges.hybrid import DENSE, SPARSE, streams_and_logits
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -201,6 +205,8 @@ class BridgeTrainer:
             name: Deck(n, torch.Generator().manual_seed(config.seed + i))
             for i, (name, n) in enumerate({"blocks": len(blocks), "pairs": len(self.bridge.pairs)}.items())
         }
+        self.coordinates: dict[SitePair, tuple[Coordinates, Coordinates]] = {}
+        """Those in which encoders and decoders take their steps; none while the streams themselves are trained."""
         self.step_done = 0
         self.seconds = 0.0
         """Time spent in steps and measurements so far, interruptions not counted."""
@@ -235,6 +241,8 @@ class BridgeTrainer:
             for optimizer in self._optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        for coordinates, names in self._turned():
+            coordinates.turn_gradient_(*(self.bridge.get_parameter(name) for name in names))
         grads = {name: normalise_gradients_(module) for name, module in self._trained.items()}
         if not all(map(math.isfinite, grads.values())):
             raise self._non_finite(f"the loss is {value:.4g} and its gradients {grads}")
@@ -262,7 +270,11 @@ class BridgeTrainer:
         lr = config.lr * lr_schedule(self.step_done, n_steps=config.n_steps, warmup_frac=config.warmup_frac)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        before = {name: p.detach().clone() for name, p in self.bridge.named_parameters()}
         self.optimizer.step()
+        for coordinates, names in self._turned():
+            weight, bias = (self.bridge.get_parameter(name) for name in names)
+            coordinates.turn_step_(weight, bias, (before[names[0]], before[names[1]]))
         sparse_lr = density = None
         if self.run is not None and self.sparse_optimizer is not None:
             assert isinstance(self.sparse, HookedSparseTransformer)
@@ -270,6 +282,12 @@ class BridgeTrainer:
         self.step_done += 1
         self._before, self.sound = self._places(), True
         return lr, sparse_lr, density
+
+    def _turned(self) -> Iterator[tuple[Coordinates, tuple[str, str]]]:
+        """The maps that take their steps in coordinates of their own: these, and the names of weight and bias."""
+        for pair, (encoding, decoding) in self.coordinates.items():
+            yield encoding, (f"maps.{pair}.W_encode", f"maps.{pair}.b_encode")
+            yield decoding, (f"maps.{pair}.W_decode", f"maps.{pair}.b_decode")
 
     def _losses(self, tokens: Tokens, entered: list[SitePair]) -> Losses:
         """Every loss on a batch; hybrid passes enter at the pairs `entered`."""
@@ -312,7 +330,10 @@ class BridgeTrainer:
                 for site, stream in streams.items():
                     found[kind, site].append(stream)
         for pair in self.bridge.pairs:
-            self.bridge.fit_(pair, torch.cat(found[SPARSE, pair.sparse]), torch.cat(found[DENSE, pair.dense]))
+            ours, theirs = torch.cat(found[SPARSE, pair.sparse]), torch.cat(found[DENSE, pair.dense])
+            self.bridge.fit_(pair, ours, theirs)
+            if self.run is None:
+                self.coordinates[pair] = Coordinates.of(theirs, ours), Coordinates.of(ours, theirs)
 
     @torch.no_grad()
     def measure(self, batch_size: int = 16) -> dict[str, Any] | None:
@@ -384,6 +405,9 @@ class BridgeTrainer:
         for name, module in self._trained.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
             tensors |= optimizer_tensors(self._optimizers[name], module, f"{name}-optimizer")
+        for pair, ways in self.coordinates.items():
+            for way, coordinates in zip(("encode", "decode"), ways, strict=True):
+                tensors |= {f"coordinates.{pair}.{way}.{key}": t for key, t in vars(coordinates).items()}
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
             raise self._non_finite("the weights are no longer finite")
         metadata = {"step": str(self.step_done), "run": json.dumps(self.describe()), "seconds": repr(self.seconds)}
@@ -404,8 +428,14 @@ class BridgeTrainer:
                 load_optimizer_(self._optimizers[name], module, tensors, f"{name}-optimizer")
             for name, deck in self.decks.items():
                 deck.set_state(_below(tensors, f"rng.{name}"))
+            if self.run is None and int(metadata["step"]) > 0:
+                held = _below(tensors, "coordinates")
+                for pair in self.bridge.pairs:
+                    ways = (_below(held, f"{pair}.{way}") for way in ("encode", "decode"))
+                    encoding, decoding = ({key: t.to(self._device) for key, t in way.items()} for way in ways)
+                    self.coordinates[pair] = Coordinates(**encoding), Coordinates(**decoding)
             self.step_done, self.seconds = int(metadata["step"]), float(metadata["seconds"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{path} is incomplete ({error}); delete it and train again.") from error
         self.recorded = self.step_done
         self._before = self._places()

@@ -9,6 +9,7 @@ import torch
 from sparse_interp.bridges.bridge import Bridge, nmse
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
 from sparse_interp.bridges.hybrid import hybrid_logits, token_kl
+from sparse_interp.bridges.rotated import rotatable_model, rotated_twin
 from sparse_interp.bridges.training import BRIDGE, BridgeTrainer, Deck, bridge_steps, train_bridges
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.checkpoint import weights_sha256
@@ -96,6 +97,20 @@ def test_training_lowers_what_it_minimises_beyond_the_least_squares(sparse, dens
         assert sum(last[name].values()) < 0.97 * sum(first[name].values())
 
 
+def test_the_bridge_of_a_rotated_twin_is_found_by_its_least_squares_and_kept_by_its_steps(generator):
+    sparse = rotatable_model(generator=generator, n_layers=1, d_model=16, n_heads=2, d_mlp=32, d_vocab=40)
+    twin = rotated_twin(sparse, generator=generator)
+    text = torch.randint(40, (80, 12), generator=generator)
+    config = BridgeConfig(afrac=1.0, n_steps=60, lr=3e-4, batch_size=8, validate_every=60)
+    trainer = BridgeTrainer(sparse, twin.dense, text[16:], config, validation=text[:16])
+    while trainer.step_done < 60:
+        record = trainer.step()
+    for name in ("encode", "decode"):
+        assert max(record.validation[name].values()) < 1e-4
+    direction = trainer.bridge[SitePair(1, 1)].W_decode
+    torch.testing.assert_close(direction, twin.rotation, atol=0.02, rtol=0)
+
+
 def test_the_models_of_a_bridge_trained_alone_stay_as_they_are(sparse, dense, blocks):
     before = weights(sparse), weights(dense)
     bridge = train_bridges(sparse, dense, blocks, SIX, progress=False)
@@ -109,7 +124,7 @@ def test_the_models_of_a_bridge_trained_alone_stay_as_they_are(sparse, dense, bl
 
 def test_a_sparse_model_is_trained_with_its_bridge_by_the_ordinary_schedule(make_model, dense, blocks):
     sparse = make_model(model_name="scratch", density=0.3)
-    config = replace(SIX, n_steps=30, batch_size=8, validate_every=30)
+    config = replace(SIX, n_steps=20, batch_size=8, validate_every=20)
     records = list(bridge_steps(sparse, dense, blocks, config, run=scratch_run(sparse), progress=False))
     assert records[0].density == 1 and records[-1].density == pytest.approx(0.3)
     assert all(row.nonzero == round(0.3 * row.size) for row in sparsity_report(sparse))
