@@ -42,7 +42,9 @@ NMSE, AGREEMENT = 1e-4, 0.99
 N_BLOCKS, N_HELD_OUT, N_PAIRS, N_NODES = 512, 64, 24, 24
 
 LR = 3e-5
-"""With a start that is nearly exact, short steps: the random model's KL multiplies what they are off by."""
+"""Chosen on the random twin of seed 0 itself, after 3e-4 (300 steps: NMSE 3e-5, agreement 0.961) and 2e-3 (150 steps:
+2e-4, 0.885). The regressions that training begins with are better than what any of these ends with: its steps lose some
+of them, and a smaller rate loses less. What is solved here is solved by the start."""
 
 
 def main() -> None:
