@@ -105,6 +105,20 @@ def test_words_are_compared_exactly_and_numbers_nearly(run, shown, old, new, wor
     assert (not found) if words is None else (len(found) == 1 and words in found[0]), found
 
 
+@pytest.mark.parametrize(("tolerance", "n_found"), [(0.01, 2), (0.2, 1), (None, 0)])
+def test_a_cell_says_how_far_its_numbers_may_be_off(run, shown, tolerance, n_found):
+    now = copy.deepcopy(shown)
+    now.cells[0].metadata["tolerance"] = tolerance
+    now.cells[0].outputs[0].text = now.cells[0].outputs[0].text.replace("0.506", "0.6").replace("412", "900")
+    assert len(run.differences(shown, now)) == n_found
+
+
+def test_a_cell_that_may_show_any_number_still_has_to_show_something(run, shown):
+    now = copy.deepcopy(shown)
+    now.cells[0].metadata["tolerance"], now.cells[0].outputs = None, []
+    assert len(run.differences(shown, now)) == 1
+
+
 def test_pictures_are_compared_by_number_and_size(run, shown):
     other, larger, gone = (copy.deepcopy(shown) for _ in range(3))
     data = shown.cells[1].outputs[0].data["image/png"]
