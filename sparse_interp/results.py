@@ -10,14 +10,16 @@ drawn one by one.
 The drawing half knows nothing of models or circuits: a function takes a data frame and the names of its columns,
 returns the `Axes` it drew on, and labels them with those names. Only this module and figures.py know matplotlib,
 which is imported when something is drawn. Every figure states its paper and its ink, so that it stays readable on a
-dark page, and the colours are told apart without red-green vision (Okabe & Ito 2008, *Color Universal Design*).
+dark page; the colours are told apart without red-green vision (Okabe & Ito 2008, *Color Universal Design*), and what
+a colour means, a marker, a dash or a hatch means too. What is drawn and saved within `published_style` is the same
+bytes whenever it is drawn from the same numbers.
 """
 
-from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, ForwardRef, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, ForwardRef, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,6 +40,39 @@ FAINT = "#d0d0d0"
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 """In the order in which series take them."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
+"""Beside the colours, in the same order: points, lines and bars of the series."""
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # it comes with matplotlib, so every machine has it
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "hatch.color": PAPER,
+    "hatch.linewidth": 0.8,
+    "svg.hashsalt": "sparse_interp",
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+}
+"""What published figures have in common, as matplotlib calls it; everything else is as matplotlib ships."""
+
+UNDATED = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+"""Formats that figures are saved in, and what would otherwise say when and by what that was done."""
+
+LEVEL = 0.95
+"""Share of resamples that an interval covers."""
 
 LONGEST_SIDE = 3000
 """Pixels of a figure's longer side, at most."""
@@ -123,7 +158,7 @@ def bootstrap_interval(
     *,
     generator: torch.Generator,
     n: int = 1000,
-    level: float = 0.95,
+    level: float = LEVEL,
 ) -> Interval:
     """Mean of `values` with its bootstrap interval; with `groups`, whole groups are resampled.
 
@@ -190,17 +225,19 @@ def bars_with_intervals(
 ) -> Axes:
     """One horizontal bar per row, first row on top, with its interval as a whisker.
 
-    `by` names the column that colours the bars, `reference` a value to mark with a dashed line (chance, or the whole
-    model). A bound that is missing leaves out the whisker, not the bar.
+    `by` names the column that colours and hatches the bars, `reference` a value to mark with a dashed line (chance, or
+    the whole model). A bound that is missing leaves out the whisker, not the bar.
     """
     _need(frame, "bars_with_intervals", label, value, low, high, *([by] if by else []))
     ax = _axes(ax, width=6.5, height=1.2 + 0.35 * len(frame))
     kinds = list(dict.fromkeys(frame[by])) if by else [None]
-    colour_of = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    colours = [colour_of[kind] for kind in (frame[by] if by else [None] * len(frame))]
+    look_of = {kind: (COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]) for i, kind in enumerate(kinds)}
+    looks = [look_of[kind] for kind in (frame[by] if by else [None] * len(frame))]
     heights = np.arange(len(frame))
     middle = frame[value].to_numpy(float)
-    ax.barh(heights, middle, color=colours, height=0.7)
+    drawn = ax.barh(heights, middle, color=[colour for colour, _ in looks], height=0.7)
+    for bar, (_, hatch) in zip(drawn, looks, strict=True):
+        bar.set(hatch=hatch, edgecolor=PAPER, linewidth=0)
     bounds = np.stack([middle - frame[low].to_numpy(float), frame[high].to_numpy(float) - middle])
     known = np.isfinite(bounds).all(0)
     if known.any():
@@ -212,23 +249,29 @@ def bars_with_intervals(
     ax.invert_yaxis()
     ax.set(xlabel=value)
     if by:
-        _legend(ax, by, {str(kind): colour for kind, colour in colour_of.items()})
+        _legend(ax, by, {str(kind): colour for kind, (colour, _) in look_of.items()}, HATCHES)
     return ax
 
 
 def lines(frame: pd.DataFrame, *, x: str, y: str, by: str | None = None, ax: Axes | None = None) -> Axes:
-    """One line through (x, y) per value of `by`, points in order of x."""
+    """One line through (x, y) per value of `by`, each with its own colour, marker and dashes; points in order of x."""
     _need(frame, "lines", x, y, *([by] if by else []))
     ax = _axes(ax, width=6.0, height=3.8)
     parts = list(frame.groupby(by, sort=False)) if by else [(None, frame)]
-    for i, (_, part) in enumerate(parts):
+    for i, (name, part) in enumerate(parts):
         part = part.sort_values(x)
-        ax.plot(part[x].to_numpy(), part[y].to_numpy(), color=COLOURS[i % len(COLOURS)], marker=".", linewidth=1.5)
+        ax.plot(part[x].to_numpy(), part[y].to_numpy(), label=str(name), **line_look(i))
     ax.set(xlabel=x, ylabel=y)
     ax.grid(color=FAINT, linewidth=0.5)
     if by:
-        _legend(ax, by, {str(name): COLOURS[i % len(COLOURS)] for i, (name, _) in enumerate(parts)})
+        ax.legend(title=by, frameon=False, labelcolor=INK, bbox_to_anchor=(1, 1), loc="upper left")
     return ax
+
+
+def line_look(i: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the `i`-th series, for `ax.plot` and `ax.errorbar`."""
+    look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+    return look | {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.5}
 
 
 def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -264,13 +307,23 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -
     return ax
 
 
+def panels(n_rows: int, n_columns: int, *, width: float, height: float, **how: Any) -> list[Axes]:
+    """Axes row by row of a new figure of `width` x `height` inches (at most 16 a side), on stated paper and ink.
+
+    `how` goes to matplotlib's `subplots`: `sharex`, `sharey`, `width_ratios`.
+    """
+    from matplotlib import pyplot
+
+    size = (min(width, 16.0), min(height, 16.0))
+    figure, grid = pyplot.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, **how)
+    figure.set_facecolor(PAPER)
+    return [_axes(ax, width=width, height=height) for ax in grid.flat]
+
+
 def _axes(ax: Axes | None, *, width: float, height: float) -> Axes:
     """`ax`, or the axes of a new figure of `width` x `height` inches (at most 16 a side), on stated paper and ink."""
     if ax is None:
-        from matplotlib import pyplot
-
-        figure, ax = pyplot.subplots(figsize=(min(width, 16.0), min(height, 16.0)), layout="constrained")
-        figure.set_facecolor(PAPER)
+        return panels(1, 1, width=width, height=height)[0]
     ax.set_facecolor(PAPER)
     ax.tick_params(colors=INK)
     for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
@@ -281,11 +334,14 @@ def _axes(ax: Axes | None, *, width: float, height: float) -> Axes:
     return ax
 
 
-def _legend(ax: Axes, title: str, colour_of: dict[str, str]) -> None:
-    """A legend of coloured patches beside the drawing."""
+def _legend(ax: Axes, title: str, colour_of: dict[str, str], hatches: Sequence[str] = ("",)) -> None:
+    """A legend of coloured patches beside the drawing, hatched in turn."""
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=colour, label=name) for name, colour in colour_of.items()]
+    patches = [
+        Patch(facecolor=colour, edgecolor=PAPER, linewidth=0, hatch=hatches[i % len(hatches)], label=name)
+        for i, (name, colour) in enumerate(colour_of.items())
+    ]
     ax.legend(handles=patches, title=title, frameon=False, labelcolor=INK, bbox_to_anchor=(1, 1), loc="upper left")
 
 
@@ -305,28 +361,56 @@ def _number(value: float) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside `path` and rename, so that a reader never meets half a file and a failure leaves none."""
+    with _whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` when all is written and goes when that fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise SparseInterpError(
             f"{path} cannot be written ({error.strerror}); name a file in a folder that you may write to."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-def save_figure(ax: Axes, path: Path) -> None:
-    """Write the figure that `ax` is part of as a PNG, whole or not at all, and close it."""
+@contextmanager
+def published_style() -> Iterator[None]:
+    """Within: matplotlib as it ships, with `STYLE`, whatever the user has set; afterwards as it was."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def save_figure(ax: Axes, *paths: Path) -> None:
+    """Write the figure that `ax` is part of as PNG, SVG or PDF by each path's ending, and close it.
+
+    A file appears whole or not at all, and says nothing of when it was made.
+
+    Raises:
+        ConfigError: for another ending, before anything is written.
+    """
     import matplotlib.pyplot as plt
 
-    partial = path.with_name(path.name + ".partial")
+    for path in paths:
+        if path.suffix not in UNDATED:
+            raise ConfigError(f"A figure is saved as {', '.join(UNDATED)}; got {path.name!r}.")
     try:
         dpi = min(150.0, LONGEST_SIDE / max(ax.figure.get_size_inches()))
-        ax.figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-        partial.replace(path)
+        for path in paths:
+            with _whole(path) as partial:
+                how = {"format": path.suffix[1:], "metadata": UNDATED[path.suffix]}
+                ax.figure.savefig(partial, dpi=dpi, bbox_inches="tight", **how)
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(ax.figure)

@@ -16,6 +16,7 @@ from sparse_interp.results import (
     FAINT,
     INK,
     PAPER,
+    UNDATED,
     VERMILION,
     Table,
     bars_with_intervals,
@@ -23,6 +24,8 @@ from sparse_interp.results import (
     graph,
     heatmap,
     lines,
+    published_style,
+    save_figure,
 )
 
 
@@ -174,8 +177,10 @@ def test_bars_are_coloured_by_the_named_column_and_say_so():
         {"row": list("abc"), "v": [1.0, 2.0, 3.0], "lo": [0.0] * 3, "hi": [4.0] * 3, "kind": ["x", "y", "x"]}
     )
     ax = bars_with_intervals(frame, label="row", value="v", low="lo", high="hi", by="kind")
-    first, second, third = (bar.get_facecolor() for bar in ax.patches[:3])
-    assert first == third != second
+    first, second, third = ((bar.get_facecolor(), bar.get_hatch()) for bar in ax.patches[:3])
+    assert first == third
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    assert [patch.get_hatch() for patch in ax.get_legend().get_patches()] == [first[1], second[1]]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y"]
 
 
@@ -183,6 +188,8 @@ def test_lines_join_their_points_in_order_of_x():
     frame = pd.DataFrame({"step": [2, 1, 1, 2], "loss_nats": [4.0, 5.0, 7.0, 6.0], "model": ["a", "a", "b", "b"]})
     ax = lines(frame, x="step", y="loss_nats", by="model")
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 5], [2, 4]], [[1, 7], [2, 6]]]
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines]
+    assert all(one != other for one, other in zip(*looks, strict=True))  # told apart without colour too
 
 
 def test_a_graph_colours_edges_by_sign_and_draws_unweighted_ones_faintly():
@@ -243,3 +250,32 @@ def test_a_drawing_goes_where_it_is_told():
 def test_a_table_without_a_picture_of_its_own_draws_its_rows():
     drawn = Table(FRAME).plot().tables[0]
     assert drawn[1, 2].get_text().get_text() == "a<b"
+
+
+def drawn_twice(tmp_path, **settings):
+    """The files of one figure, drawn and saved two times, the second under other settings of matplotlib's."""
+    import matplotlib
+
+    files = []
+    for again in range(2):
+        matplotlib.rcParams.update(settings if again else {})
+        with published_style():
+            ax = lines(FRAME, x="layer", y="loss_nats")
+            paths = [tmp_path / f"{again}{ending}" for ending in UNDATED]
+            save_figure(ax, *paths)
+        files.append([path.read_bytes() for path in paths])
+        after = {name: matplotlib.rcParams[name] for name in settings}
+    assert after == settings
+    matplotlib.rcdefaults()
+    return files
+
+
+def test_a_published_figure_is_the_same_bytes_whenever_it_is_drawn(tmp_path):
+    first, second = drawn_twice(tmp_path, **{"axes.facecolor": "black", "font.size": 30.0, "svg.hashsalt": "other"})
+    assert first == second and all(first)
+
+
+def test_a_figure_is_refused_an_ending_that_nobody_knows_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"saved as \.png, \.svg, \.pdf; got 'a\.gif'"):
+        save_figure(lines(FRAME, x="layer", y="loss_nats"), tmp_path / "a.png", tmp_path / "a.gif")
+    assert not list(tmp_path.iterdir())
