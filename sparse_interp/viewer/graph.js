@@ -27,7 +27,7 @@ function createGraph(stage, model, on, name = "main") {
     .attr("aria-describedby", "graph-help");
   addMarkers(svg.append("defs"), name);
   const world = svg.append("g").attr("class", "world");
-  const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "hot-edges", "nodes", "railNames"].map(
+  const layers = Object.fromEntries(["blocks", "rails", "heads", "edges", "hot-edges", "headNames", "nodes", "railNames"].map(
     (part) => [part, world.append("g").attr("class", part)]));
   const heading = svg.append("g").attr("class", "heading").attr("aria-hidden", "true");
   const state = { layout: null, transform: d3.zoomIdentity, roving: null, moved: false, shown: null, sized: null,
@@ -45,7 +45,7 @@ function createGraph(stage, model, on, name = "main") {
     state.layout = layoutCircuit(model.vertices, model.edges, width, height - HEADER_HEIGHT);
     drawBlocks(layers.blocks, state.layout);
     drawRails(layers.rails, layers.railNames, state.layout);
-    drawHeads(layers.heads, state.layout);
+    drawHeads(layers.heads, layers.headNames, state.layout);
     drawNodes(layers.nodes, model, on, { moveFrom, focused: (vertex) => { setRoving(vertex.id); reveal(vertex); } });
     setRoving(state.roving || startVertex(model).id);
     markPinned(state.pinned);
@@ -93,7 +93,7 @@ function createGraph(stage, model, on, name = "main") {
     if (k === state.sized) return;
     state.sized = k;
     svg.style("--k", k);
-    svg.classed("roomy", Math.min(state.layout.railGap, state.layout.nodeGap) * k >= LABEL_ROOM);
+    svg.classed("roomy", state.layout.pitch * k >= LABEL_ROOM);
     svg.classed("far", k < 0.5);
     svg.classed("rails-named", state.layout.railGap * k >= 12.5);
   }
@@ -247,15 +247,12 @@ function drawRails(group, names, layout) {
     .attr("y", (r) => r.y).text((r) => r.channel);
 }
 
-function drawHeads(group, layout) {
-  const cards = group.selectAll("g").data(layout.heads, (card) => `${card.layer}.${card.head}`).join((enter) => {
-    const card = enter.append("g");
-    card.append("rect").attr("rx", 9);
-    card.append("text");
-    return card;
-  });
-  cards.select("rect").attr("x", (c) => c.x).attr("y", (c) => c.top).attr("width", (c) => c.width).attr("height", (c) => c.height);
-  cards.select("text").attr("x", (c) => c.x + 8).attr("y", (c) => c.top + 14)
+/** A card behind the wires of each head, and its name in front of them. */
+function drawHeads(group, names, layout) {
+  const key = (card) => `${card.layer}.${card.head}`;
+  group.selectAll("rect").data(layout.heads, key).join("rect").attr("rx", 8)
+    .attr("x", (c) => c.x).attr("y", (c) => c.top).attr("width", (c) => c.width).attr("height", (c) => c.height);
+  names.selectAll("text").data(layout.heads, key).join("text").attr("x", (c) => c.x + c.width / 2).attr("y", (c) => c.top + 12)
     .text((c) => (c.head === null ? "" : `head ${c.head}`));
 }
 
@@ -270,7 +267,8 @@ function drawEdges(group, model, edges, layout, name) {
   group.selectAll("path").data(drawn, (edge) => edge.index).join("path")
     .attr("class", (edge) => `edge ${edge.kind} ${isWeight(edge) ? signOf(edge) : "plain"}`)
     .attr("d", (edge) => edgePath(edge, model, start))
-    .attr("stroke-width", (edge) => (isWeight(edge) ? 0.9 + 3.6 * edge.share : null))
+    .attr("stroke-width", (edge) => (isWeight(edge) ? 0.8 + 3.4 * edge.share : null))
+    .attr("stroke-opacity", (edge) => (isWeight(edge) ? 0.5 + 0.45 * edge.share : null))
     .attr("marker-end", (edge) => (isWeight(edge) ? `url(#end-${signOf(edge)}-${name})` : null))
     .order();
 }

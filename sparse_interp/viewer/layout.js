@@ -10,17 +10,10 @@ const COLUMN_STYLES = [
   { neuron: "neur.", final_read: "final", embedding: "in", unembedding: "out" },
   { attn_read: "r", attn_write: "w", mlp_read: "r", mlp_write: "w", neuron: "n", final_read: "f" },
 ];
-/** Widths of columns, in units of an ordinary one: q, k and v of a head stand close together. */
-const COLUMN_WIDTHS = { q: 0.5, k: 0.5, v: 0.62, embedding: 1.15, unembedding: 1.25 };
-const MARGIN = { top: 26, right: 26, bottom: 30, left: 18 };
-const HEAD_TITLE = 24;
-const HEAD_GAP = 12;
-/** Room before the first block in which rails begin and carry their channel numbers. */
-const RAIL_GUTTER = 38;
-
-function clamp(value, low, high) {
-  return Math.max(low, Math.min(high, value));
-}
+/** A gap between columns that is wider than this says nothing more. */
+const GAP_MOST = 170;
+/** From the columns of a block to its edge. */
+const BLOCK_PAD = 10;
 
 /** The columns that hold something, in the order of the forward pass. */
 function columnsOf(vertices) {
@@ -116,154 +109,137 @@ function spread(items, low, high) {
   function mean(pool) { return pool.sum / pool.items.length; }
 }
 
-/** Widths of the columns in pixels, wide enough to breathe and no wider. */
-function placeColumns(columns, width) {
-  const units = columns.map((column) => COLUMN_WIDTHS[column.site] || 1);
-  const total = units.reduce((sum, unit) => sum + unit, 0);
-  const fixed = MARGIN.left + MARGIN.right + RAIL_GUTTER;
-  const unit = clamp((width - fixed) / total, 54, 132);
-  enlargeTokens(columns, clamp((total * unit + fixed) / width, 1, 1.7));
+/** Left edges of all parts: what is left over of the width goes between them. Returns the width of everything. */
+function placeParts(parts, { sizes, needed, width }) {
+  const spare = Math.max(0, width - needed), shares = parts.reduce((sum, { gap }) => sum + gap.share, 0);
   let x = MARGIN.left;
-  columns.forEach((column, index) => {
-    if (index === (columns[0].site === "embedding" ? 1 : 0)) x += RAIL_GUTTER;
-    column.width = Math.max(unit * units[index], 16 + 2 * Math.max(0, ...column.vertices.map((v) => v.halfWidth || 0)));
-    column.x = x + column.width / 2;
-    x += column.width;
+  parts.forEach((part, i) => {
+    x += Math.min(GAP_MOST, part.gap.least + spare * part.gap.share / (shares || 1));
+    Object.assign(part, sizes[i], { x });
+    x += part.across;
   });
-  return { unit, width: x + MARGIN.right };
+  return x + MARGIN.right;
 }
 
-/** Tokens are read as text: where the graph will be shown smaller, they are drawn larger. */
-function enlargeTokens(columns, scale) {
-  for (const token of columns.flatMap((column) => column.vertices).filter(isToken)) {
-    token.scale = scale;
-    token.halfWidth = scale * (9 + 3.8 * Array.from(shortName(token)).length);
-  }
+/** Reads and writes: each on its rail, in a lane that has room there. */
+function placeOnRails({ vertices, x }, railY, pitch) {
+  const sorted = [...vertices].sort((a, b) => railY.get(a.channel) - railY.get(b.channel));
+  const lanes = firstFit(sorted.map(({ channel }) => railY.get(channel)), pitch);
+  sorted.forEach((vertex, i) => Object.assign(vertex, { x: x + (lanes[i] + 0.5) * pitch, y: railY.get(vertex.channel) }));
 }
 
-/** The distance between rails, and the height of the graph: roomy when there is room, never below what fits a node. */
-function chooseHeight(columns, nRails, height) {
-  const room = height - MARGIN.top - MARGIN.bottom;
-  const railGap = clamp(room / Math.max(1, nRails), 15, 84);
-  const nodeGap = clamp(railGap, 15, 30);
-  let inside = 0;
-  for (const column of columns) {
-    const heads = new Set(column.vertices.filter((v) => v.head !== null && v.head !== undefined).map((v) => v.head)).size;
-    const fewest = column.site === "neuron" ? 15 : nodeGap;
-    inside = Math.max(inside, column.vertices.length * fewest + heads * (HEAD_TITLE + HEAD_GAP));
-  }
-  const span = Math.max(nRails * railGap, inside, Math.min(room, 220));
-  return { railGap: nRails ? span / nRails : railGap, nodeGap, span };
-}
-
-/** One card per attention head, with its q, k and v in three short columns. Sets their heights, returns the cards. */
-function placeHeads(columns, layer, neighbours, place, box, nodeGap) {
-  const parts = columns.filter((column) => column.layer === layer && ["q", "k", "v"].includes(column.site));
-  if (parts.length === 0) return [];
-  const heads = new Map();
-  for (const column of parts) {
-    for (const vertex of column.vertices) {
-      const key = vertex.head ?? -1;
-      if (!heads.has(key)) heads.set(key, { head: vertex.head, layer, columns: new Map(), ids: [] });
-      const card = heads.get(key);
-      if (!card.columns.has(column)) card.columns.set(column, []);
-      card.columns.get(column).push(vertex);
-      card.ids.push(vertex.id);
-    }
-  }
-  const cards = [...heads.values()].map((card) => {
-    const tallest = Math.max(...[...card.columns.values()].map((list) => list.length));
-    const inner = tallest * nodeGap + HEAD_TITLE;
-    return { ...card, key: String(card.head).padStart(4, "0"), inner, size: inner + HEAD_GAP,
-      want: pulledTo(card.ids, neighbours, place, (box.low + box.high) / 2) };
+/** Neurons and tokens: as near to their neighbours' heights as there is room, from lane to lane. */
+function placeFree({ vertices, x, lanes, across }, neighbours, place, box, most) {
+  const items = vertices.map((vertex) => ({
+    vertex, key: vertex.id, size: Math.min(most, (box.high - box.low) / vertices.length),
+    want: pulledTo([vertex.id], neighbours, place, (box.low + box.high) / 2),
+  }));
+  spread(items, box.low, box.high);
+  items.forEach(({ vertex, y }, i) => {
+    Object.assign(vertex, { y, x: x + (i % lanes + 0.5) * across / lanes });
+    place.set(vertex.id, y);
   });
-  spread(cards, box.low, box.high);
-  const left = parts[0].x - parts[0].width / 2, right = parts.at(-1).x + parts.at(-1).width / 2;
+}
+
+/** One card per head, stacked beside each other where one stack is too high. Places q, k and v, returns the cards. */
+function placeHeads(part, neighbours, place, box, pitch) {
+  const cards = part.cards.map((card) => ({ ...card, size: cardHeight(card, part.rows, pitch),
+    want: pulledTo(card.ids, neighbours, place, (box.low + box.high) / 2) }));
+  cards.sort((a, b) => a.want - b.want || (a.key < b.key ? -1 : 1));
+  const { where } = stacked(cards.map(({ size }) => size), part.stacks);
+  cards.forEach((card, i) => { card.stack = where[i]; });
+  for (let stack = 0; stack < part.stacks; stack++) spread(cards.filter((card) => card.stack === stack), box.low, box.high);
   for (const card of cards) {
-    Object.assign(card, { x: left + 3, width: right - left - 6, top: card.y - card.inner / 2, height: card.inner });
-    for (const list of card.columns.values()) placeInCard(list, card, neighbours, place, nodeGap);
+    const height = card.size - CARD.gap;
+    Object.assign(card, { x: part.x + card.stack * (part.cardWidth + CARD.gap), width: part.cardWidth, top: card.y - height / 2, height });
+    placeInCard(part.sites, card, neighbours, place, pitch);
   }
+  part.placed = cards;
   return cards;
 }
 
-function placeInCard(vertices, card, neighbours, place, nodeGap) {
-  const middle = card.top + HEAD_TITLE + (card.inner - HEAD_TITLE) / 2;
-  const items = vertices.map((vertex) => ({
-    vertex, key: vertex.id, size: nodeGap, want: pulledTo([vertex.id], neighbours, place, middle),
-  }));
-  spread(items, card.top + HEAD_TITLE, card.top + card.inner);
-  for (const item of items) place.set(item.vertex.id, item.y);
-}
-
-/** Heights for a column that is neither on rails nor in heads: neurons and tokens. */
-function placeFree(column, neighbours, place, box, gap) {
-  const middle = (box.low + box.high) / 2;
-  const items = column.vertices.map((vertex) => ({
-    vertex, key: vertex.id, size: gap, want: pulledTo([vertex.id], neighbours, place, middle),
-  }));
-  spread(items, box.low, box.high);
-  for (const item of items) place.set(item.vertex.id, item.y);
-}
-
-/** Rounded areas behind a layer's attention and MLP, with the columns that they cover. */
-function blocksOf(columns, span) {
-  const blocks = [];
-  for (const column of columns) {
-    if (column.layer === null) continue;
-    const kind = ["mlp_read", "neuron", "mlp_write"].includes(column.site) ? "MLP" : "attention";
-    const last = blocks.at(-1);
-    if (last && last.layer === column.layer && last.kind === kind) last.columns.push(column);
-    else blocks.push({ layer: column.layer, kind, columns: [column] });
+function placeInCard(sites, card, neighbours, place, pitch) {
+  const pull = (row) => pulledTo(row.map(({ id }) => id), neighbours, place, card.y);
+  const ordered = (rows) => [...rows.values()].map((row) => [pull(row), row])
+    .sort((a, b) => a[0] - b[0] || a[1][0].channel - b[1][0].channel).map(([, row]) => row);
+  const rows = { qk: ordered(card.qk), v: ordered(card.v) };
+  let x = card.x + CARD.pad;
+  for (const { site, lanes, width } of sites) {
+    rows[rowsOf(site)].forEach((row, i) => {
+      for (const vertex of row.filter((one) => one.site === site)) {
+        vertex.x = x + (i % lanes + 0.5) * pitch;
+        vertex.y = card.top + CARD.title + (Math.floor(i / lanes) + 0.5) * pitch;
+        place.set(vertex.id, vertex.y);
+      }
+    });
+    x += width + CARD.between;
   }
-  return blocks.map((block) => {
-    const first = block.columns[0], end = block.columns.at(-1);
-    const x = first.x - first.width / 2 + 7;
-    return { ...block, x, width: end.x + end.width / 2 - 7 - x, y: MARGIN.top - 14, height: span + 28 };
-  });
+}
+
+/** Rounded areas behind a layer's attention and MLP. */
+function blocksOf(parts, span) {
+  const blocks = new Map();
+  for (const part of parts.filter((one) => blockOf(one) !== null)) {
+    const name = blockOf(part), start = blocks.get(name)?.start ?? part.x;
+    blocks.set(name, { layer: part.layer, kind: name.split(".")[1], start, end: part.x + part.across });
+  }
+  return [...blocks.values()].map(({ layer, kind, start, end }) => ({ layer, kind, x: start - BLOCK_PAD,
+    width: end - start + 2 * BLOCK_PAD, y: MARGIN.top - 14, height: span + 28 }));
+}
+
+/** The columns that a reader walks through and that are named above the graph, each from top to bottom. */
+function walkedColumns(parts) {
+  const columns = parts.flatMap((part) => part.kind === "heads" ? columnsOfStacks(part)
+    : part.columns.map(({ site, layer, vertices }) => ({ site, layer, x: part.x + part.across / 2, vertices })));
+  return columns.map((column) => ({ ...column, vertices: [...column.vertices].sort((a, b) => a.y - b.y || a.x - b.x) }));
+}
+
+function columnsOfStacks({ columns, sites, placed, stacks, x, cardWidth, layer }) {
+  const found = [];
+  for (let stack = 0; stack < stacks; stack++) {
+    const here = new Set(placed.filter((card) => card.stack === stack).flatMap(({ ids }) => ids));
+    let left = x + stack * (cardWidth + CARD.gap) + CARD.pad;
+    for (const { site, width } of sites) {
+      const vertices = columns.find((column) => column.site === site).vertices.filter(({ id }) => here.has(id));
+      if (vertices.length) found.push({ site, layer, x: left + width / 2, vertices });
+      left += width + CARD.between;
+    }
+  }
+  return found;
 }
 
 /** The whole layout for a drawing area of `width` by `height` pixels. */
 function layoutCircuit(vertices, edges, width, height) {
-  const columns = columnsOf(vertices);
+  const parts = partsOf(columnsOf(vertices), edges);
   const neighbours = neighbourTable(vertices, edges);
   const channels = orderRails(vertices, neighbours);
-  const { unit, width: fullWidth } = placeColumns(columns, width);
-  // A graph wider than the drawing area is shown smaller, which leaves it that much more height to use.
-  const shrink = Math.min(1, width / fullWidth);
-  const { railGap, nodeGap, span } = chooseHeight(columns, channels.length, height / shrink);
+  const plan = choosePlan(parts, channels, width, height), { pitch, span, railGap } = plan;
+  const fullWidth = placeParts(parts, plan);
   const box = { low: MARGIN.top, high: MARGIN.top + span };
   const railY = new Map(channels.map((channel, rank) => [channel, box.low + (rank + 0.5) * railGap]));
-
   const place = new Map();
   for (const vertex of vertices) if (!isToken(vertex) && onRail(vertex)) place.set(vertex.id, railY.get(vertex.channel));
-  const heads = [...new Set(columns.map((column) => column.layer))].filter((layer) => layer !== null)
-    .flatMap((layer) => placeHeads(columns, layer, neighbours, place, box, nodeGap));
-  for (const column of columns) {
-    if (column.site === "neuron") placeFree(column, neighbours, place, box, Math.min(34, span / column.vertices.length));
-    if (column.layer === null && column.site !== "final_read") {
-      placeFree(column, neighbours, place, box, Math.min(30 * (column.vertices[0].scale || 1), span / column.vertices.length));
-    }
-  }
-  for (const column of columns) {
-    for (const vertex of column.vertices) Object.assign(vertex, { x: column.x, y: place.get(vertex.id), column });
-    column.vertices.sort((a, b) => a.y - b.y);
-    staggerCrowd(column, span, unit);
-  }
-  return { columns, heads, blocks: blocksOf(columns, span), railGap, nodeGap, width: fullWidth,
-    height: MARGIN.top + span + MARGIN.bottom, rails: railsOf(columns, channels, railY) };
+
+  const of = (kind) => parts.filter((part) => part.kind === kind);
+  for (const part of of("rails")) placeOnRails(part, railY, pitch);
+  const heads = of("heads").flatMap((part) => placeHeads(part, neighbours, place, box, pitch));
+  for (const part of of("free")) placeFree(part, neighbours, place, box, NODE_GAP_MOST);
+  for (const part of of("tokens")) placeFree(part, neighbours, place, box, TOKEN_HEIGHT * plan.text);
+  sizeNodes(vertices, pitch);
+  return { columns: walkedColumns(parts), heads, blocks: blocksOf(parts, span), railGap, pitch, width: fullWidth,
+    height: MARGIN.top + span + MARGIN.bottom, rails: railsOf(parts, channels, railY) };
 }
 
-/** Neurons closer than a node is tall alternate between two half-columns. */
-function staggerCrowd(column, span, unit) {
-  if (column.site !== "neuron" || span / column.vertices.length > 17) return;
-  column.vertices.forEach((vertex, index) => { vertex.x += (index % 2 ? 1 : -1) * unit * 0.14; });
+/** The more important the larger, and none so large that it touches its neighbours. */
+function sizeNodes(vertices, pitch) {
+  const most = Math.min(8.8, pitch * 0.47);
+  for (const vertex of vertices) if (!isToken(vertex)) vertex.radius = most * (0.52 + 0.48 * vertex.share);
 }
 
 /** One rail per channel, from just before the first block to the last column that is on rails. */
-function railsOf(columns, channels, railY) {
-  const carrying = columns.filter((column) => column.layer !== null || column.site === "final_read");
+function railsOf(parts, channels, railY) {
+  const carrying = parts.filter(({ kind }) => kind !== "tokens");
   if (carrying.length === 0) return [];
-  const first = carrying[0], last = carrying.at(-1);
-  const start = first.x - first.width / 2 - RAIL_GUTTER, end = last.x;
+  const last = carrying.at(-1), start = carrying[0].x - RAIL_GUTTER, end = last.x + last.across;
   return channels.map((channel) => ({ channel, y: railY.get(channel), start, end }));
 }

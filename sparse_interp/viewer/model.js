@@ -29,12 +29,12 @@ function measureEdges(edges) {
   for (const edge of edges) edge.share = Math.abs(edge.weight) / strongest[edge.kind];
 }
 
-/** Importance is size and darkness, relative to the most important node. */
+/** Importance is darkness and size, relative to the most important node. */
 function measureVertices({ nodes }) {
   const largest = Math.max(1e-9, ...nodes.map((node) => node.importance ?? 0));
   for (const node of nodes) {
     const share = node.importance === null ? 0.4 : Math.sqrt(clamp(node.importance / largest, 0, 1));
-    Object.assign(node, { radius: 4.6 + 4.2 * share, fill: (0.06 + 0.94 * share).toFixed(3) });
+    Object.assign(node, { share, fill: (0.06 + 0.94 * share).toFixed(3) });
   }
 }
 

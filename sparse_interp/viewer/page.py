@@ -50,6 +50,7 @@ VENDORED = (
 SCRIPTS = (
     "text.js",
     "model.js",
+    "sizes.js",
     "layout.js",
     "graph.js",
     "tables.js",

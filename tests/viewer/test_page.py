@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -582,9 +583,17 @@ def test_search_finds_a_node_by_name_and_pins_it(show):
     assert tab.js("document.querySelector('.vertex.pinned').dataset.id") == node.id
 
 
-@pytest.mark.parametrize("make_page", [small_page, large_page])
-def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
-    seen = "({x: v.x, y: v.y, site: v.site ?? '', channel: v.channel ?? 0})"
+@cache
+def tall_page() -> CircuitPage:
+    """About 600 nodes in two layers, four times as many in a column as a window is high, and nothing else."""
+    per_site = dict(zip(SITES, (62, 28, 28, 38, 33, 28, 26, 16, 79), strict=True))
+    page = circuit_page(2, per_site, n_rails=150, share=0.02)
+    return replace(page, nodes=[replace(n, top_contexts=(), on_prompts=(), writes=()) for n in page.nodes], heads=())
+
+
+@pytest.mark.parametrize("make_page", [small_page, large_page, tall_page])
+def test_a_channel_keeps_its_rail_and_no_two_vertices_touch(show, make_page):
+    seen = "({x: v.x, y: v.y, r: v.radius ?? 11 * v.scale, site: v.site ?? '', channel: v.channel ?? 0})"
     drawn = show(make_page()).js(f"[...document.querySelectorAll('.graph .vertex')].map(({{__data__: v}}) => {seen})")
     heights: dict[int, set[float]] = {}
     for vertex in drawn:
@@ -592,7 +601,20 @@ def test_a_channel_keeps_its_rail_and_no_two_vertices_overlap(show, make_page):
             heights.setdefault(vertex["channel"], set()).add(round(vertex["y"], 3))
     assert all(len(seen) == 1 for seen in heights.values())
     for i, a in enumerate(drawn):
-        assert all(math.hypot(a["x"] - b["x"], a["y"] - b["y"]) > 11 for b in drawn[:i])
+        assert all(math.hypot(a["x"] - b["x"], a["y"] - b["y"]) > a["r"] + b["r"] for b in drawn[:i])
+
+
+@pytest.mark.parametrize("make_page", [large_page, tall_page])
+def test_a_drawing_takes_the_shape_of_the_window_whatever_the_shape_of_the_circuit(show, make_page):
+    tab = show(make_page())
+    box = "(({x, y, right, bottom}) => [x, y, right, bottom])(document.querySelector('#stage{}').getBoundingClientRect())"
+    for width, height in [(1440, 900), (1024, 768)]:
+        tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        tab.settle()
+        tab.settle()
+        (left, top, right, bottom), (x, y, x_end, y_end) = (tab.js(box.replace("{}", of)) for of in ("", " .world"))
+        assert left - 1 <= x < x_end <= right + 1 and top - 1 <= y < y_end <= bottom + 1, "all of it is in view"
+        assert (x_end - x) * (y_end - y) > 0.7 * (right - left) * (bottom - top)
 
 
 SIZES = [(1440, 900), (700, 1500), (1920, 1080), (420, 800)]
