@@ -35,6 +35,9 @@ from sparse_interp.model.zoo import models as models
 from sparse_interp.model.zoo import validation_blocks as validation_blocks
 from sparse_interp.training.recipes import RunConfig as RunConfig
 from sparse_interp.training.recipes import recipe as recipe
+from sparse_interp.training.text import TrainingText as TrainingText
+from sparse_interp.training.text import folder_text as folder_text
+from sparse_interp.training.text import python_text as python_text
 from sparse_interp.training.loop import train as train
 from sparse_interp.tasks.task import Task as Task
 from sparse_interp.tasks.task import TaskBatch as TaskBatch
@@ -68,6 +71,8 @@ from sparse_interp.circuit.find import find_circuit as find_circuit
 from sparse_interp.circuit.find_edges import find_edges as find_edges
 from sparse_interp.circuit.describe import describe as describe
 from sparse_interp.circuit.readings import read_heads as read_heads
+from sparse_interp.circuit.knock_outs import knock_outs as knock_outs
+from sparse_interp.circuit.showing import page as circuit_page  # noqa: F401 - public under a longer name
 from sparse_interp.circuit.calibration import calibrate as calibrate
 from sparse_interp.circuit.search import CircuitSearch as CircuitSearch
 from sparse_interp.circuit.search import search_circuits as search_circuits

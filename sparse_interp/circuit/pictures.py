@@ -48,6 +48,16 @@ N_DRAWN = 150
 """Nodes that a figure has room for."""
 
 
+class DrawnPage(CircuitPage):
+    """A circuit page that draws itself in a notebook."""
+
+    def __repr__(self) -> str:
+        return f"circuit page: {self.title}, {len(self.nodes)} nodes; circuit.to_html(path, page) writes it"
+
+    def _repr_html_(self) -> str:
+        return inline_html(render_page(self))
+
+
 class CircuitPictures:
     """Drawing, for a circuit with these parts."""
 
@@ -108,13 +118,13 @@ class CircuitPictures:
         write_whole(path, render_page(self.bare_page() if page is None else page))
         return path
 
-    def bare_page(self) -> CircuitPage:
+    def bare_page(self) -> DrawnPage:
         """The page that needs no model: nodes and wires."""
         layers = [int(layer) for layer, site in zip(self.nodes.layer, self.nodes.site, strict=True)
                   if not site.startswith("final")]  # fmt: skip
         n_edges = int((self.edges.kind == "weight").sum())
         value, edges = _drawn_values(self.edges)
-        return CircuitPage(
+        return DrawnPage(
             nodes=page_nodes(self.nodes),
             edges=page_edges(edges),
             edge_value=value,
@@ -127,7 +137,7 @@ class CircuitPictures:
         )
 
     def _repr_html_(self) -> str:
-        return inline_html(render_page(self.bare_page()))
+        return self.bare_page()._repr_html_()
 
 
 def _most_needed(

@@ -1,6 +1,7 @@
 """The circuit page's content against the tables that it is made of, and against what the model itself does."""
 
 import base64
+import html
 import json
 import re
 import zlib
@@ -82,6 +83,13 @@ def test_a_page_without_a_model_shows_nodes_and_edges(key_circuit, tmp_path):
     data = page_data(key_circuit.bare_page())
     assert len(data["nodes"]) == key_circuit.n_nodes and len(data["edges"]) == len(key_circuit.edges)
     assert "circuit" in key_circuit.to_html(tmp_path / "circuit.html").read_text()
+
+
+def test_a_page_draws_itself_in_a_notebook_as_the_document_that_it_is_written_as(whole_page, tmp_path, key_circuit):
+    _, shown = whole_page
+    document = shown._repr_html_().partition('srcdoc="')[2].partition('"')[0]
+    assert html.unescape(document) == key_circuit.to_html(tmp_path / "circuit.html", shown).read_text()
+    assert f"{key_circuit.n_nodes} nodes" in repr(shown) and len(repr(shown)) < 200
 
 
 def test_hostile_tokens_reach_the_page_as_text(make_model, some_nodes):
