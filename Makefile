@@ -1,14 +1,15 @@
 # make demo   train nothing, need nothing: a real circuit of the bundled model, with its audit and its page, in out/demo
 # make test   every test, in two processes
-# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | notebooks | figures | tl39
+# Both make the virtual environment first if it is not there. The others: make venv | lint | bench | notebooks | figures
+# | docs | docs-links | tl39
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-EXTRAS := fast,viz,search,notebooks,test,dev
+EXTRAS := fast,viz,search,notebooks,docs,test,dev
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv lint bench notebooks figures tl39
+.PHONY: demo test venv lint bench notebooks figures docs docs-links tl39
 .DELETE_ON_ERROR:
 
 demo: venv
@@ -42,6 +43,15 @@ notebooks: venv
 
 figures: venv
 	$(BIN)/sparse-interp figures --out out/figures
+
+# A warning is an error: a reference that leads nowhere, a page that nothing leads to.
+docs: venv
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
+	@echo "out/docs/index.html"
+
+# Asks every address outside whether it is still there, so it needs a network.
+docs-links: venv
+	$(BIN)/python -m sphinx -q -b linkcheck docs out/docs-links
 
 # The oldest TransformerLens that is supported, in an environment of its own: the same scripts as in the tests.
 tl39: .venv39/.installed
