@@ -81,13 +81,14 @@ class BridgeConfig:
     """Blocks of text per step."""
 
     lr: float = 2e-3
-    """Peak learning rate of the bridge, with gradients of root mean square 1."""
+    """Peak learning rate of the bridge. Between models that stay as they are: in the coordinates of
+    `bridges/coordinates.py`, where a gradient is in units of the error of a map."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment, for the bridge."""
 
-    eps: float = 1e-6
-    """AdamW's eps, for the bridge."""
+    eps: float = 1e-2
+    """AdamW's eps, for the bridge: below gradients of this size a step falls with the gradient."""
 
     warmup_frac: float = 0.01
     """Share of training over which the bridge's learning rate rises; then it falls linearly to 0."""

@@ -1,13 +1,13 @@
 """Coordinates in which a step of a linear map counts alike for every direction of the stream that it reads.
 
     x W + b  =  (x - mean) W + b',    W = size A D,    b' = size c,    A = (cov x + FLOOR * mean variance)^-1/2
-    gradients for D and c:            size A (G_W - mean g_b^T)  and  size g_b
+    gradients for D and c, of d_out / 2 times a loss:    d_out / 2 size A (G_W - mean g_b^T)  and  d_out / 2 size g_b
 
 A stream varies a thousand times more in some directions than in others. A step of Adam is about as large in every
 weight, however small the gradient, so in the weights as they are it moves what is read along the large directions by
-more than the small ones can win, and begun at the least squares it leaves them for good. In D a squared error of the
-whole stream is as steep in every direction, a step of the learning rate changes every output by about that share of its
-spread, and steps that fall to nothing end at the bottom.
+more than the small ones can win, and begun at the least squares it leaves them for good. In D and c the NMSE of the
+stream is as steep in every direction, and d_out / 2 times its gradient is how far they are from where it is least: the
+size of a gradient means something, which AdamW's eps can be set against.
 """
 
 from dataclasses import dataclass
@@ -45,10 +45,11 @@ class Coordinates:
 
     @torch.no_grad()
     def turn_gradient_(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
-        """Make the gradients of a map's weight and bias those of D and c, in place."""
+        """Make the gradients of a map's weight and bias those of D and c, of d_out / 2 times the loss, in place."""
         if weight.grad is not None and bias.grad is not None:
-            weight.grad.copy_(self.size * (self.axes @ (weight.grad - torch.outer(self.mean, bias.grad))))
-            bias.grad.mul_(self.size)
+            share = len(bias) / 2 * self.size
+            weight.grad.copy_(share * (self.axes @ (weight.grad - torch.outer(self.mean, bias.grad))))
+            bias.grad.mul_(share)
 
     @torch.no_grad()
     def turn_step_(self, weight: nn.Parameter, bias: nn.Parameter, before: tuple[Tensor, Tensor]) -> None:

@@ -9,11 +9,15 @@ Per step, with h the streams of both models on one batch, and i running over the
 Gao et al. 2025 (arXiv 2511.13653); every loss is per token. A pass entered at i costs what lies behind i, so all pairs
 cost as the square of the depth. A step enters at `entries_per_step` of them, dealt like cards, and counts each
 n_pairs / entries_per_step times: the expected gradient is that of all. The dense model is never trained. Gradients of
-the bridge and of the sparse model are each divided by their own root mean square. Training begins from the ridge
-regressions between the streams of some of the text, and between models that stay as they are the maps take their steps
-in the coordinates of `bridges/coordinates.py`. Where AbsTopK acts, a KL grows as the error of a stream and not as its
-square, and its gradient knows nothing of the channels that change places: a start that is exact is left for as far as
-steps are long, and come back to as they fall to nothing.
+the bridge and of the sparse model that is trained with it are each divided by their own root mean square. Training
+begins from the ridge regressions between the streams of some of the text, and between models that stay as they are the
+maps take their steps in the coordinates of `bridges/coordinates.py`, with gradients as they are there.
+
+Where AbsTopK acts, a KL jumps as two channels change places, and its gradient knows nothing of the jump: it pushes the
+maps of the tokens concerned somewhere, however close they are to what is exact, and more tokens change places as they
+move. (Between twins a start that is exact to 1e-13 is left at the first tie, and an NMSE of 1e-3 is where that ends.)
+So what comes out between models that stay as they are is the best that was measured on held-out blocks, the start
+among them.
 """
 
 import hashlib
@@ -57,7 +61,14 @@ from sparse_interp.training.checkpoints import (
     writing,
 )
 from sparse_interp.training.loop import MODEL, NonFiniteLossError
-from sparse_interp.training.optimizer import advance_, lr_schedule, make_optimizer, normalise_gradients_, optimizer_of
+from sparse_interp.training.optimizer import (
+    advance_,
+    gradient_rms,
+    lr_schedule,
+    make_optimizer,
+    normalise_gradients_,
+    optimizer_of,
+)
 from sparse_interp.training.recipes import RunConfig
 
 BRIDGE = "bridge"
@@ -119,6 +130,19 @@ class BridgeRecord(NamedTuple):
 
     validation: dict[str, Any] | None
     """The same losses at every pair on held-out blocks; None between measurements."""
+
+
+class Best(NamedTuple):
+    """The maps of the lowest loss on held-out blocks so far."""
+
+    step: int
+    """Steps after which they were measured; 0 is the start."""
+
+    loss: float
+    """Everything that is minimised, on the held-out blocks."""
+
+    maps: dict[str, Tensor]
+    """State of the bridge then."""
 
 
 class Deck:
@@ -207,6 +231,10 @@ class BridgeTrainer:
         }
         self.coordinates: dict[SitePair, tuple[Coordinates, Coordinates]] = {}
         """Those in which encoders and decoders take their steps; none while the streams themselves are trained."""
+        self.best: Best | None = None
+        """What is going to come out; None while the streams are trained too, or without held-out blocks."""
+        self.began_at: dict[str, Any] = {}
+        """Losses of the start on the held-out blocks."""
         self.step_done = 0
         self.seconds = 0.0
         """Time spent in steps and measurements so far, interruptions not counted."""
@@ -232,6 +260,7 @@ class BridgeTrainer:
         with self._working():
             if self.step_done == 0:
                 self._fit()
+                self.began_at = self._measured() or {}
             with torch.autocast(tokens.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
                 losses = self._losses(tokens, [self.bridge.pairs[i] for i in sorted(drawn)])
             loss = losses.total(config, n_pairs)
@@ -241,9 +270,7 @@ class BridgeTrainer:
             for optimizer in self._optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        for coordinates, names in self._turned():
-            coordinates.turn_gradient_(*(self.bridge.get_parameter(name) for name in names))
-        grads = {name: normalise_gradients_(module) for name, module in self._trained.items()}
+        grads = self._scaled()
         if not all(map(math.isfinite, grads.values())):
             raise self._non_finite(f"the loss is {value:.4g} and its gradients {grads}")
         lr, sparse_lr, density = self._advance()
@@ -258,7 +285,7 @@ class BridgeTrainer:
             sparse_grad_rms=grads.get(SPARSE),
             density=density,
             tokens=self.step_done * tokens.numel(),
-            validation=self.measure() if measured else None,
+            validation=self._measured() if measured else None,
             **said,
         )
         self.seconds += time.monotonic() - began
@@ -282,6 +309,19 @@ class BridgeTrainer:
         self.step_done += 1
         self._before, self.sound = self._places(), True
         return lr, sparse_lr, density
+
+    @torch.no_grad()
+    def _scaled(self) -> dict[str, float]:
+        """Bring gradients to the scale that an optimizer takes them at; their sizes, for the record."""
+        if self.run is not None:
+            return {name: normalise_gradients_(module) for name, module in self._trained.items()}
+        for coordinates, names in self._turned():
+            coordinates.turn_gradient_(*(self.bridge.get_parameter(name) for name in names))
+        for pair in self.bridge.pairs:
+            theta = self.bridge[pair].log_theta
+            if theta is not None and theta.grad is not None:
+                theta.grad.mul_(len(theta) / 2)
+        return {BRIDGE: gradient_rms(self.bridge)}
 
     def _turned(self) -> Iterator[tuple[Coordinates, tuple[str, str]]]:
         """The maps that take their steps in coordinates of their own: these, and the names of weight and bias."""
@@ -348,6 +388,16 @@ class BridgeTrainer:
                 _add(sums, losses.numbers(), share)
         return sums
 
+    def _measured(self) -> dict[str, Any] | None:
+        """`measure`, and the best so far is kept."""
+        found = self.measure()
+        if found is None or self.run is not None:
+            return found
+        loss = sum(getattr(self.config, f"{name}_coef") * sum(found[name].values()) for name in PAIR_LOSSES)
+        if self.best is None or loss < self.best.loss:
+            self.best = Best(self.step_done, loss, {k: t.clone() for k, t in self.bridge.state_dict().items()})
+        return found
+
     # -- the models while they are at work ----------------------------------------------------------------------------
 
     @contextmanager
@@ -408,9 +458,12 @@ class BridgeTrainer:
         for pair, ways in self.coordinates.items():
             for way, coordinates in zip(("encode", "decode"), ways, strict=True):
                 tensors |= {f"coordinates.{pair}.{way}.{key}": t for key, t in vars(coordinates).items()}
+        if self.best is not None:
+            tensors |= {f"best.{key}": tensor for key, tensor in self.best.maps.items()}
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
             raise self._non_finite("the weights are no longer finite")
         metadata = {"step": str(self.step_done), "run": json.dumps(self.describe()), "seconds": repr(self.seconds)}
+        metadata |= {"began_at": json.dumps(self.began_at), "best": json.dumps(self.best and self.best[:2])}
         write_checkpoint(folder, tensors, metadata)
 
     def load(self, folder: Path) -> None:
@@ -435,6 +488,9 @@ class BridgeTrainer:
                     encoding, decoding = ({key: t.to(self._device) for key, t in way.items()} for way in ways)
                     self.coordinates[pair] = Coordinates(**encoding), Coordinates(**decoding)
             self.step_done, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+            self.began_at, best = json.loads(metadata["began_at"]), json.loads(metadata["best"])
+            maps = {key: t.to(self._device) for key, t in _below(tensors, "best").items()}
+            self.best = None if best is None else Best(*best, maps)
         except (KeyError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{path} is incomplete ({error}); delete it and train again.") from error
         self.recorded = self.step_done
@@ -442,9 +498,11 @@ class BridgeTrainer:
         warn_of_threads(metadata)
 
     def finish(self, folder: Path | None) -> None:
-        """Save what was trained to `folder`, unless a run that was interrupted after doing so has."""
+        """Take the best maps and save what was trained to `folder`, unless a run that was interrupted after has."""
         if self.run is not None:
             self.bridge.sparse = End.of(self.sparse)  # its weights are no longer those that it began with
+        if self.best is not None:
+            self.bridge.load_state_dict(self.best.maps)
         if folder is None:
             return
         if self.run is not None and not (folder / MODEL).exists():
@@ -456,10 +514,7 @@ class BridgeTrainer:
     def card(self) -> dict[str, Any]:
         """How the bridge was trained and how well it fits, for readers."""
         measured = self.measure() or {}
-        table = {
-            str(pair): {name: measured[name][str(pair)] for name in PAIR_LOSSES if measured.get(name)}
-            for pair in self.bridge.pairs
-        }
+        n_blocks = 0 if self.validation is None else len(self.validation)
         return {
             "name": f"{self.bridge.sparse.name} - {self.bridge.dense.name}",
             "n_parameters": sum(p.numel() for p in self.bridge.parameters()),
@@ -469,9 +524,14 @@ class BridgeTrainer:
             "sparse_model": vars(self.bridge.sparse),
             "dense_model": vars(self.bridge.dense),
             "training": {**self.config.to_dict(), "sparse_model_trained_too": self.run is not None},
-            "held_out": {"n_blocks": 0 if self.validation is None else len(self.validation)},
-            "held_out_by_pair": table if measured else {},
+            "held_out": {"n_blocks": n_blocks, "chosen_step": None if self.best is None else self.best.step},
+            "held_out_by_pair": self._by_pair(measured),
+            "held_out_by_pair_at_the_start": self._by_pair(self.began_at),
         }
+
+    def _by_pair(self, measured: dict[str, Any]) -> dict[str, dict[str, float]]:
+        names = [name for name in PAIR_LOSSES if measured.get(name)]
+        return {str(pair): {name: measured[name][str(pair)] for name in names} for pair in self.bridge.pairs if names}
 
 
 def train_bridges(
@@ -495,7 +555,8 @@ def train_bridges(
         config: sites, maps, losses and training; None takes the defaults.
         run: how the sparse model is trained from scratch: optimizer, density and its schedule, as `si.train` has them.
             Its number of steps, batch size and precision are those of `config`.
-        validation: held-out blocks, to be measured on every `config.validate_every` steps.
+        validation: held-out blocks, to be measured on every `config.validate_every` steps. Between models that stay as
+            they are, the bridge that measures best is returned, be it the start; without such blocks, the last.
         folder: where run.json, metrics.jsonl (a record per step), checkpoint.safetensors and at the end `bridge` (and
             `model`) go. Interrupt at any moment; with `resume` the weights that come out are, on the CPU and with as
             many threads, those of the run that was never interrupted, bit for bit. None keeps nothing.

@@ -61,6 +61,18 @@ def advance_(
     return lr, density
 
 
+def gradient_rms(model: nn.Module) -> float:
+    """Root mean square over every gradient."""
+    return _rms([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _rms(grads: list[Tensor]) -> float:
+    if not grads:
+        return 0.0
+    squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    return float((squares / sum(g.numel() for g in grads)).sqrt())
+
+
 @torch.no_grad()
 def normalise_gradients_(model: nn.Module) -> float:
     """Divide every gradient by the root mean square over all of them, and return it.
@@ -74,8 +86,7 @@ def normalise_gradients_(model: nn.Module) -> float:
     sizes = {}
     for table, grads in by_group.items():
         if grads:
-            squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
-            sizes[table] = float((squares / sum(g.numel() for g in grads)).sqrt())
+            sizes[table] = _rms(grads)
             if sizes[table] > 0:
                 torch._foreach_div_(grads, sizes[table])
     return sizes.get(False, 0.0)

@@ -101,14 +101,30 @@ def test_the_bridge_of_a_rotated_twin_is_found_by_its_least_squares_and_kept_by_
     sparse = rotatable_model(generator=generator, n_layers=1, d_model=16, n_heads=2, d_mlp=32, d_vocab=40)
     twin = rotated_twin(sparse, generator=generator)
     text = torch.randint(40, (80, 12), generator=generator)
-    config = BridgeConfig(afrac=1.0, n_steps=60, lr=3e-4, batch_size=8, validate_every=60)
-    trainer = BridgeTrainer(sparse, twin.dense, text[16:], config, validation=text[:16])
-    while trainer.step_done < 60:
-        record = trainer.step()
-    for name in ("encode", "decode"):
-        assert max(record.validation[name].values()) < 1e-4
-    direction = trainer.bridge[SitePair(1, 1)].W_decode
-    torch.testing.assert_close(direction, twin.rotation, atol=0.02, rtol=0)
+    config = BridgeConfig(afrac=1.0, n_steps=30, batch_size=8, validate_every=10, entries_per_step=1)
+    bridge = train_bridges(sparse, twin.dense, text[16:], config, validation=text[:16], progress=False)
+    with torch.no_grad():
+        for pair in bridge.pairs:
+            ours, theirs = sparse.between(text, leave=pair.sparse), twin.dense.between(text, leave=pair.dense)
+            assert float(nmse(bridge.encode(theirs, pair), ours)) < 1e-9
+            assert float(nmse(bridge.decode(ours, pair), theirs)) < 1e-9
+
+
+def test_what_comes_out_is_the_best_that_was_measured_the_start_among_them(sparse, dense, blocks, tmp_path):
+    begun = BridgeTrainer(sparse, dense, blocks, SIX)
+    with begun._working():
+        begun._fit()
+    settings = {"validation": blocks, "progress": False}
+    ruined = train_bridges(sparse, dense, blocks, replace(SIX, lr=10.0), **settings)
+    assert same(weights(begun.bridge), weights(ruined))
+    learning = replace(SIX, lr=1e-2, n_steps=20, validate_every=5)
+    better = train_bridges(sparse, dense, blocks, learning, folder=tmp_path, **settings)
+    card = json.loads((tmp_path / BRIDGE / "card.json").read_text())
+    assert not same(weights(begun.bridge), weights(better)) and card["held_out"]["chosen_step"] > 0
+    table, start = card["held_out_by_pair"], card["held_out_by_pair_at_the_start"]
+    assert sum(sum(row.values()) for row in table.values()) < sum(sum(row.values()) for row in start.values())
+    last = train_bridges(sparse, dense, blocks, replace(SIX, lr=10.0), progress=False)
+    assert not same(weights(begun.bridge), weights(last))  # without held-out blocks there is nothing to choose by
 
 
 def test_the_models_of_a_bridge_trained_alone_stay_as_they_are(sparse, dense, blocks):
