@@ -5,7 +5,8 @@
     3  knock out each node that is left; drop the least needed as long as the rule holds; repeat
 
 Step 3 is what gates cannot do: a gate is trained among all the others, most of which are gone in the end. A node that
-is constant on the prompts (the q of a shared pair, say) changes nothing when it is held, and leaves last.
+is constant on the prompts (the q of a shared pair, say) changes nothing when it is held, and leaves last, unless the
+rule needs it together with others of its kind.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.baselines import Baseline
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import GateSearch, learn_gates
-from sparse_interp.interventions.selection import Fit, Selection, smallest_prefix, split_pairs
+from sparse_interp.interventions.selection import Fit, Selection, needed_among, smallest_prefix, split_pairs
 from sparse_interp.model.config import AnyShape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, NodeAt, NodeValues, key_of, masks, masks_at, queries_of
@@ -176,18 +177,17 @@ def _without_idle(
 def _felt(
     nodes: Sequence[N], model: HookedModel, selection: Selection, config: PruneConfig, progress: bool
 ) -> tuple[list[N], dict[N, float]]:
-    """Nodes less those that change nothing, and what each costs; many such may matter together, and some stay then."""
+    """Nodes less those that change nothing, and what each costs; some such may matter together, and they stay then."""
     cost = _knock_outs(model, [(node,) for node in nodes], selection, config, progress, "importance")
-    order = sorted(range(len(nodes)), key=lambda i: -abs(cost[i]))
+    felt = [i for i in range(len(nodes)) if abs(cost[i]) > NO_EFFECT_NATS]
+    idle = [i for i in range(len(nodes)) if abs(cost[i]) <= NO_EFFECT_NATS]
 
-    def good(n: int) -> bool:
-        kept = [nodes[i] for i in order[:n]]
+    def good(some: Sequence[int]) -> bool:
+        kept = [nodes[i] for i in (*felt, *some)]
         return selection.fit(kept_by(kept, model, config, selection.n_pos)).enough(config)
 
-    n_kept = sum(abs(c) > NO_EFFECT_NATS for c in cost)
-    if not good(n_kept):
-        n_kept = smallest_prefix(len(nodes), good, n_kept)
-    importance = {nodes[i]: cost[i] for i in sorted(order[:n_kept])}
+    needed = needed_among(idle, good)
+    importance = {nodes[i]: cost[i] for i in sorted([*felt, *(idle if needed is None else needed)])}
     return list(importance), importance
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -39,6 +39,8 @@ from sparse_interp.model.sites import ATTN_READ, K, NodeValues, Place, V
 from sparse_interp.model.text import evaluating
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task, TaskBatch, answer_loss, kl_divergence, logit_difference_error
+
+T = TypeVar("T")
 
 AT_ONCE = 128
 """Prompts per forward pass where a candidate is measured."""
@@ -313,3 +315,25 @@ def smallest_prefix(n: int, good: Callable[[int], bool], start: int) -> int:
         middle = (bad + size) // 2
         bad, size = (bad, middle) if good(middle) else (middle, size)
     return size
+
+
+def needed_among(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> list[T] | None:
+    """Some of `items` that are good together, none of which can be spared; in their order, earlier ones preferred.
+
+    The halves of what is left are tried in turn (QuickXplain, Junker 2004), so k needed ones among n take about
+    k log2(n / k) trials: it is how the few that matter are told from many of which none does anything alone.
+    That is so where more is never worse; where it is, what comes out may not be good, and the answer is None.
+    """
+
+    def search(background: list[T], rest: Sequence[T], has_grown: bool) -> list[T]:
+        if has_grown and good(background):
+            return []
+        if len(rest) == 1:
+            return list(rest)
+        first, second = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        later = search([*background, *first], second, True)
+        earlier = search([*background, *later], first, bool(later))
+        return [*earlier, *later]
+
+    found = search([], items, True) if items else []
+    return found if good(found) else None

@@ -12,7 +12,7 @@ from sparse_interp.interventions.answers import all_answer_logits, both_sides
 from sparse_interp.interventions.baselines import Counterfactual, mean_activations, position_means, zero_values
 from sparse_interp.interventions.edges import edges_among, row_values
 from sparse_interp.interventions.prune_config import PruneConfig
-from sparse_interp.interventions.selection import EdgeCut, Fit, Selection, smallest_prefix
+from sparse_interp.interventions.selection import EdgeCut, Fit, Selection, needed_among, smallest_prefix
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place, masks
 
@@ -142,3 +142,23 @@ def test_candidates_that_run_together_are_what_they_are_one_by_one(truth, pairs,
     with truth.model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x)]):  # somebody listens: nothing is packed
         unpacked = torch.stack(list(selection.divergences(kept, without)))
     torch.testing.assert_close(together, unpacked, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("needed", [set(), {0}, {99}, {3, 4}, {0, 37, 50, 99}, set(range(100))])
+def test_the_few_that_are_needed_together_are_found_among_many_in_few_trials(needed):
+    trials = []
+
+    def good(some):
+        trials.append(some)
+        return needed <= set(some)
+
+    assert needed_among(range(100), good) == sorted(needed)
+    assert len(trials) <= 2 + 2 * len(needed) * 8
+
+
+def test_of_several_that_do_one_earlier_ones_are_preferred_and_none_is_spare():
+    assert needed_among("abcd", lambda some: bool({"b", "d"} & {*some}) and bool({"a", "c"} & {*some})) == ["a", "b"]
+
+
+def test_where_nothing_is_good_nothing_is_named():
+    assert needed_among("ab", lambda some: False) is None
