@@ -23,12 +23,14 @@ venv: $(VENV)/.installed
 # The stamp is written last, so it vouches for a whole installation. While `.installing` is there the environment is
 # half made, and the next attempt begins again from an empty one. The build backends (ours, and that of a dependency
 # which has no wheel) are installed first, under the same constraints, so no build fetches versions of its own.
+# Of axe-playwright-python a test needs the axe-core inside it alone, and not the browsers' driver that it names.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	@if [ -e $(VENV)/.installing ]; then $(PYTHON) -m venv --clear $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@touch $(VENV)/.installing
 	$(PIP) hatchling editables setuptools
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps axe-playwright-python
 	@mv $(VENV)/.installing $@
 
 lint: venv
