@@ -17,6 +17,7 @@ blocks of text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import nan
@@ -119,12 +120,42 @@ class CausalCase:
     """Other prompts of the task, from which the difference of means is taken."""
 
 
-class _Variant(NamedTuple):
+class Variant(NamedTuple):
     """The bridge or what it is compared with."""
 
     name: str
     bridge: Bridge
     sparse: HookedSparseTransformer
+
+
+SUMS = ("s", "d", "s s", "d d", "s d", "same sign", "felt", "n")
+"""Columns of effects: s and d are what an ablation changes in the sparse and, carried over, in the dense model; whether
+the signs are equal where s is felt, whether it is, and how many changes there are."""
+
+MEASURES: dict[str, Callable[[Float[Tensor, "draw 8"]], Float[Tensor, " draw"]]] = {
+    "agreement": lambda m: 2 * m[:, 4] / (m[:, 2] + m[:, 3]),
+    "sign_frac": lambda m: m[:, 5] / m[:, 6],
+    "size_ratio": lambda m: m[:, 4] / m[:, 2],
+    "correlation": lambda m: pearson(m[:, :5] / m[:, 7:]),
+}
+"""What is said of the effects, from means of `SUMS`."""
+
+
+@dataclass(frozen=True, eq=False)
+class CausalEffects:
+    """What ablating the nodes of one case does to both models, by bridge or control."""
+
+    where: str
+    """The case."""
+
+    groups: tuple[int, ...]
+    """Template of every prompt."""
+
+    by_prompt: dict[str, Float[Tensor, "prompt 8"]]
+    """`SUMS` over all nodes."""
+
+    by_node: dict[str, Float[Tensor, "node 8"]]
+    """`SUMS` over all prompts."""
 
 
 @torch.no_grad()
@@ -162,7 +193,7 @@ def evaluate(
         for node in case.nodes:
             stretch_of(bridge, Place(node.layer, node.site))
     with evaluating(model), evaluating(other):
-        variants = _variants(bridge, model, other, fit_blocks, generator)
+        variants = compared(bridge, model, other, fit_blocks, generator)
         rows = [row for variant in variants for row in _reconstruction(variant, other, blocks, generator)]
         rows += [row for variant in variants for row in _hybrids(variant, other, blocks, n_paths, generator)]
         rows += _causal(variants, other, cases, generator, progress)
@@ -175,16 +206,17 @@ def evaluate(
 # -- what it is compared with -----------------------------------------------------------------------------------------
 
 
-def _variants(
-    bridge: Bridge, sparse: HookedSparseTransformer, dense: HookedModel, fit: Tokens, generator: torch.Generator
-) -> list[_Variant]:
-    """The bridge, and the controls that are maps."""
+def compared(
+    bridge: Bridge, sparse: AnyModel, dense: AnyModel, fit: Tokens, generator: torch.Generator
+) -> list[Variant]:
+    """The bridge, and the controls that are maps; those of least squares are fitted on `fit`."""
+    sparse = sparse_side(sparse)
     random = reinitialised(sparse, generator=generator)
     assert isinstance(random, HookedSparseTransformer)
-    found = [_Variant(BRIDGE, bridge, sparse), _Variant(RIDGE, ridge_bridge(bridge, sparse, dense, fit), sparse)]
-    found.append(_Variant(UNTRAINED, ridge_bridge(bridge, random, dense, fit), random))
+    found = [Variant(BRIDGE, bridge, sparse), Variant(RIDGE, ridge_bridge(bridge, sparse, dense, fit), sparse)]
+    found.append(Variant(UNTRAINED, ridge_bridge(bridge, random, dense, fit), random))
     if len(bridge.pairs) > 1:
-        found.append(_Variant(WRONG, _shifted(bridge), sparse))
+        found.append(Variant(WRONG, _shifted(bridge), sparse))
     return found
 
 
@@ -213,7 +245,7 @@ def _shifted(bridge: Bridge) -> Bridge:
 
 
 def _reconstruction(
-    variant: _Variant, dense: HookedModel, blocks: Tokens, generator: torch.Generator
+    variant: Variant, dense: HookedModel, blocks: Tokens, generator: torch.Generator
 ) -> list[tuple[Any, ...]]:
     bridge, rows = variant.bridge, []
     ours = held(variant.sparse, blocks, [pair.sparse for pair in bridge.pairs])
@@ -240,7 +272,7 @@ def _reconstruction(
 
 
 def _hybrids(
-    variant: _Variant, dense: HookedModel, blocks: Tokens, n_paths: int, generator: torch.Generator
+    variant: Variant, dense: HookedModel, blocks: Tokens, n_paths: int, generator: torch.Generator
 ) -> list[tuple[Any, ...]]:
     """Every path that crosses once, some mixed ones, and the two models themselves."""
     bridge = variant.bridge
@@ -268,76 +300,93 @@ def _hybrids(
 
 
 def _causal(
-    variants: Sequence[_Variant],
+    variants: Sequence[Variant],
     dense: HookedModel,
     cases: Sequence[CausalCase],
     generator: torch.Generator,
     progress: bool,
 ) -> list[tuple[Any, ...]]:
-    columns: dict[str, list[Tensor]] = {}
-    groups: list[int] = []
-    rows = []
     with tqdm(total=sum(len(case.nodes) for case in cases), disable=not progress, desc="nodes", unit="node") as bar:
-        for case in cases:
-            batch = both_sides(case.pairs)
-            these = [max(groups, default=-1) + 1 + group for group in groups_of(batch)]
-            for name, sums in _effects(variants, dense, case, batch, generator, bar).items():
-                columns.setdefault(name, []).append(sums)
-                rows += _agreement(case.name, name, sums, these, generator)
-            groups += these
-    if len(cases) > 0:
-        for name, sums in columns.items():
-            rows += _agreement("all tasks", name, torch.cat(sums), groups, generator)
+        found = [causal_effects(variants, dense, case, generator=generator, done=bar.update) for case in cases]
+    return [row for effects in [*found, *together(found)] for row in _agreement(effects, generator)]
+
+
+def together(found: Sequence[CausalEffects]) -> list[CausalEffects]:
+    """The effects of all cases as one; none if there are none."""
+    if not found:
+        return []
+    first = [sum(len(set(effects.groups)) for effects in found[:i]) for i in range(len(found))]
+    groups = []
+    for effects, before in zip(found, first, strict=True):
+        numbers = {group: before + i for i, group in enumerate(dict.fromkeys(effects.groups))}
+        groups += [numbers[group] for group in effects.groups]
+    names = found[0].by_prompt
+    by_prompt = {name: torch.cat([effects.by_prompt[name] for effects in found]) for name in names}
+    by_node = {name: torch.cat([effects.by_node[name] for effects in found]) for name in names}
+    return [CausalEffects("all tasks", tuple(groups), by_prompt, by_node)]
+
+
+def _agreement(effects: CausalEffects, generator: torch.Generator) -> list[tuple[Any, ...]]:
+    rows = []
+    for name, sums in effects.by_prompt.items():
+        for measure, how in MEASURES.items():
+            bounds = of_means(sums, how, list(effects.groups), generator)
+            rows.append(("causal", effects.where, name, measure, *bounds))
     return rows
 
 
-def _agreement(
-    where: str, name: str, sums: Float[Tensor, "prompt 8"], groups: list[int], generator: torch.Generator
-) -> list[tuple[Any, ...]]:
-    """Four numbers from sums over nodes of s, d, s s, d d, s d, equal signs, effects that have one, and 1."""
-    measures: dict[str, Callable[[Tensor], Tensor]] = {
-        "agreement": lambda m: 2 * m[:, 4] / (m[:, 2] + m[:, 3]),
-        "sign_frac": lambda m: m[:, 5] / m[:, 6],
-        "size_ratio": lambda m: m[:, 4] / m[:, 2],
-        "correlation": lambda m: pearson(m[:, :5] / m[:, 7:]),
-    }
-    return [("causal", where, name, what, *of_means(sums, how, groups, generator)) for what, how in measures.items()]
-
-
-def _effects(
-    variants: Sequence[_Variant],
-    dense: HookedModel,
+@torch.no_grad()
+def causal_effects(
+    variants: Sequence[Variant],
+    dense: AnyModel,
     case: CausalCase,
-    batch: TaskBatch,
+    *,
     generator: torch.Generator,
-    bar: tqdm,
-) -> dict[str, Float[Tensor, "prompt 8"]]:
-    """For every control, sums over nodes of what the two models' changes are made of, prompt by prompt."""
-    trained, dense_run = variants[0], _Run(dense, batch)
-    runs = {id(v.sparse): _Run(v.sparse, batch) for v in variants}
-    directions = _mean_differences(trained.bridge, dense, case.fit)
-    found: dict[str, Tensor] = {}
-    for node in case.nodes:
-        k = stretch_of(trained.bridge, Place(node.layer, node.site))
-        ablating = partial(_ablating, node, case.baseline)
-        after = trained.bridge.pairs[k + 1] if k + 1 < len(trained.bridge.pairs) else None
-        into = trained.bridge.pairs[-1] if after is None else after
-        for variant in variants:
-            s = runs[id(variant.sparse)].ablated(node, ablating)
-            here = trained.bridge.pairs[k].dense
-            change = change_in(variant.bridge, variant.sparse, k, dense_run.stream(here), ablating)
-            moved = decoded(variant.bridge, change, into)
-            ways = {variant.name: moved}
-            if variant is trained:
-                ways |= {RANDOM: _turned(moved, generator), MEANS: _along(moved, directions[into])}
-            for name, by in ways.items():
-                d = dense_run.moved(by, None if after is None else after.dense)
-                same = (s.sign() == d.sign()) & (s.abs() > FELT)
-                row = torch.stack([s, d, s * s, d * d, s * d, same.double(), (s.abs() > FELT).double()], 1)
-                row = torch.cat([row, torch.ones_like(row[:, :1])], 1)
-                found[name] = found[name] + row if name in found else row
-        bar.update()
-    return found
+    done: Callable[[], Any] = lambda: None,
+) -> CausalEffects:
+    """What ablating each node of a case does to both models, for the bridge (first in `variants`) and every control.
+
+    Args:
+        variants: `compared(...)`.
+        dense: the dense model.
+        case: nodes and prompts; of a pair both sides are asked about.
+        generator: draws random directions.
+        done: is called after every node.
+    """
+    dense, trained, batch = hooked(dense), variants[0], both_sides(case.pairs)
+    with ExitStack() as stack:
+        for model in (dense, *(variant.sparse for variant in variants)):
+            stack.enter_context(evaluating(model))
+        dense_run, runs = _Run(dense, batch), {id(v.sparse): _Run(v.sparse, batch) for v in variants}
+        directions = _mean_differences(trained.bridge, dense, case.fit)
+        rows: dict[str, list[Tensor]] = {}
+        for node in case.nodes:
+            k = stretch_of(trained.bridge, Place(node.layer, node.site))
+            ablating = partial(_ablating, node, case.baseline)
+            after = trained.bridge.pairs[k + 1] if k + 1 < len(trained.bridge.pairs) else None
+            into = trained.bridge.pairs[-1] if after is None else after
+            changed = {key: run.ablated(node, ablating) for key, run in runs.items()}
+            for variant in variants:
+                here = dense_run.stream(trained.bridge.pairs[k].dense)
+                moved = decoded(variant.bridge, change_in(variant.bridge, variant.sparse, k, here, ablating), into)
+                ways = {variant.name: moved}
+                if variant is trained:
+                    ways |= {RANDOM: _turned(moved, generator), MEANS: _along(moved, directions[into])}
+                for name, by in ways.items():
+                    d = dense_run.moved(by, None if after is None else after.dense)
+                    rows.setdefault(name, []).append(_sums(changed[id(variant.sparse)], d))
+            done()
+    stacked = {name: torch.stack(each) for name, each in rows.items()}
+    by_prompt = {name: each.sum(0) for name, each in stacked.items()}
+    by_node = {name: each.sum(1) for name, each in stacked.items()}
+    return CausalEffects(case.name, tuple(groups_of(batch)), by_prompt, by_node)
+
+
+def _sums(s: Float[Tensor, " prompt"], d: Float[Tensor, " prompt"]) -> Float[Tensor, "prompt 8"]:
+    """`SUMS` of one node's changes."""
+    felt = s.abs() > FELT
+    same = (s.sign() == d.sign()) & felt
+    return torch.stack([s, d, s * s, d * d, s * d, same.double(), felt.double(), torch.ones_like(s)], 1)
 
 
 def _ablating(node: Node, baseline: NodeValues, model: AnyModel) -> Any:
