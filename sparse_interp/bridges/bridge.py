@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
-from sparse_interp.bridges.files import MAPS, read_bridge, write_bridge
+from sparse_interp.bridges.files import MAPS, bridge_folder, read_bridge, write_bridge
 from sparse_interp.errors import BridgeError
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.dense import AnyModel, hooked
@@ -255,16 +255,18 @@ class Bridge(nn.Module):
     @classmethod
     def load(
         cls,
-        folder: Path | str,
+        name_or_path: Path | str,
         sparse: AnyModel | None = None,
         dense: AnyModel | None = None,
         *,
         allow_mismatch: bool = False,
     ) -> "Bridge":
-        """The bridge that `save` wrote to `folder`, its maps in float32 at least.
+        """A bundled bridge, or one that `save` wrote to a folder, its maps in float32 at least.
+
+            bridge = si.Bridge.load("stdlib-small", si.load("stdlib-small"), si.load("stdlib-small-dense"))
 
         Args:
-            folder: where it lies.
+            name_or_path: the name of a bundled one, or the folder where it lies.
             sparse: with `dense`, the models that it has to belong to, by their weights and tokenizers.
             dense: the other of them.
             allow_mismatch: load it even if they have other weights; depth, width and tokens still have to fit.
@@ -274,7 +276,7 @@ class Bridge(nn.Module):
         """
         if (sparse is None) != (dense is None):
             raise BridgeError("a bridge is checked against both of its models or neither: pass sparse and dense.")
-        folder = Path(folder)
+        folder = bridge_folder(name_or_path)
         record, tensors = read_bridge(folder)
         try:
             ends = (End(**record["sparse"]), End(**record["dense"]))

@@ -31,10 +31,11 @@ from sparse_interp.interventions.steering import push
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node
 from sparse_interp.model.text import evaluating
-from sparse_interp.results import Axes, Table, lines
+from sparse_interp.results import Axes, Interval, Table, lines
 from sparse_interp.tasks.task import TaskBatch
 
 FEATURE, MEANS, RANDOM_95, RANDOM_MEAN = "feature", "difference of means", "random, 95th percentile", "random, mean"
+AHEAD = "feature less difference of means"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ class SteeringTable(Table):
 
     `node`, `direction` (the feature, the difference of means, of random directions the mean and the 95th percentile),
     `value`, `norm` (of what is added), `probability` (of the target) and `change` (from the untouched model) with the
-    bounds `low` and `high`; `loss_change_frac` (next-token loss on unrelated text, share of the untouched model's).
+    bounds `low` and `high`; `loss_change_frac` (next-token loss on unrelated text, share of the untouched model's). A
+    row more says by how much the feature changes the probability more than the difference of means, with bounds.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -60,7 +62,7 @@ class SteeringTable(Table):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Probability of the target by value, a line per direction."""
-        return lines(self.frame, x="value", y="probability", by="direction", ax=ax)
+        return lines(self.frame[self.frame.direction != AHEAD], x="value", y="probability", by="direction", ax=ax)
 
 
 @torch.no_grad()
@@ -112,9 +114,14 @@ def steering_curve(
         with tqdm(total=len(values) * (n_random + 2), disable=not progress, desc="pushes", unit="run") as bar:
             for value in values:
                 norm = abs(value) * float(feature.norm())
+                found = {}
                 for name, by in ((FEATURE, value * feature), (MEANS, norm * means)):
-                    rows.append((str(node), name, value, norm, *run.row(by, generator)))
+                    found[name] = run.probabilities(by)
+                    about = float(found[name].mean()), *run.change(found[name] - run.each, generator)
+                    rows.append((str(node), name, value, norm, *about, run.loss_change(by)))
                     bar.update()
+                ahead = run.change(found[FEATURE] - found[MEANS], generator)
+                rows.append((str(node), AHEAD, value, norm, nan, *ahead, nan))
                 each = []
                 for direction in random:
                     each.append(float(run.probabilities(norm * direction).mean()))
@@ -154,11 +161,13 @@ class _Pushed:
         groups = batch.template.tolist()
         self.groups = groups if len(set(groups)) > 1 else list(range(len(batch)))
 
-    def row(self, by: Float[Tensor, " d_dense"], generator: torch.Generator) -> tuple[float, ...]:
-        """Probability, its change with bounds, and the change of the loss."""
-        each = self.probabilities(by)
-        change = mean_of(each - self.each, self.groups, generator)
-        return float(each.mean()), *change, float(self._losses(by).mean() / self.losses.mean()) - 1
+    def change(self, each: PerPrompt, generator: torch.Generator) -> Interval:
+        """Mean over prompts of a change, with its bounds."""
+        return mean_of(each, self.groups, generator)
+
+    def loss_change(self, by: Float[Tensor, " d_dense"]) -> float:
+        """By what share the loss on text rises."""
+        return float(self._losses(by).mean() / self.losses.mean()) - 1
 
     def probabilities(self, by: Float[Tensor, " d_dense"]) -> PerPrompt:
         """P(target) of each prompt."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparse_interp.bridges.bridge_config import BridgeConfig
+from sparse_interp.data_files import data_folder
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.checkpoint import CARD, CARD_TEXT, card_text, library_version, write_folder
 from sparse_interp.model.tensor_files import own_bytes, read_own
@@ -66,6 +67,24 @@ def write_bridge(
         write_folder(folder, files, None)
     except CheckpointError as error:
         raise BridgeError(f"cannot write a bridge to {folder}; name another folder.") from error
+
+
+def bridge_folder(name_or_path: Path | str) -> Path:
+    """The folder of a bundled bridge, by its name, or of one on this machine.
+
+    Raises:
+        BridgeError: if there is neither.
+    """
+    bundled = {path.parent.name: path.parent for path in (data_folder() / "bridges").glob(f"*/{RECORD}")}
+    folder = Path(name_or_path)
+    if isinstance(name_or_path, str) and name_or_path in bundled:
+        return bundled[name_or_path]
+    if not folder.is_dir():
+        raise BridgeError(
+            f"{name_or_path} is no folder, and no bundled bridge is called so; there are "
+            f"{', '.join(sorted(bundled)) or 'none'}. Name one, or a folder that `bridge.save` wrote."
+        )
+    return folder
 
 
 def read_bridge(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

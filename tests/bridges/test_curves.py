@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_interp.bridges.curves import steering_curve
+from sparse_interp.bridges.curves import AHEAD, steering_curve
 from sparse_interp.bridges.rotated import rotated_twin
 from sparse_interp.errors import BridgeError
 from sparse_interp.faithfulness.ground_truth import ground_truth
@@ -46,7 +46,10 @@ def test_the_answer_of_the_hand_written_model_is_turned_over_by_its_own_feature_
         wanted = answer_logits(truth.model, batch).softmax(-1)[:, batch.foil[0]].mean()
     assert feature.probability == pytest.approx(float(wanted), abs=1e-5)
     assert frame.loc[(3.0 * sign, "difference of means"), "probability"] > feature.probability - 0.1
-    assert table.plot().lines
+    ahead, means = frame.loc[(3.0 * sign, AHEAD)], frame.loc[(3.0 * sign, "difference of means")]
+    assert ahead.change == pytest.approx(feature.change - means.change, abs=1e-9)
+    assert ahead.low <= ahead.change <= ahead.high
+    assert len(table.plot().lines) == 4
 
 
 def test_what_a_push_costs_elsewhere_is_told_and_pushes_everywhere_are_felt_everywhere(made):
