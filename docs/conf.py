@@ -31,7 +31,7 @@ project = "sparse_interp"
 version = release = sparse_interp.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
-exclude_patterns = ["_build"]
+suppress_warnings = ["toc.empty_glob"]  # a place for a page may be kept before the page is written
 
 # Every reference has to lead somewhere; other people's types and the standard library's have no page here.
 nitpicky = True
@@ -82,8 +82,8 @@ def copy_notebooks(app: Sphinx) -> None:
 
 
 def lead_to_their_pages(app: Sphinx, page: str, source: list[str]) -> None:
-    """Links to notebooks lead to their pages here."""
-    source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+    """Links to notebooks, and to README, lead to their pages here."""
+    source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../README.md", "](index.md")
 
 
 def read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
