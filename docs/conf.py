@@ -21,6 +21,9 @@ import sparse_interp
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 
+KEPT = ("bridges", "circuit_page", "gallery")
+"""Pages that have their place in the table of contents before they are written."""
+
 # Modules whose classes are pieces of `Circuit` and of `HookedSparseTransformer`, which are one class to a reader.
 PARTS = (
     *(f"sparse_interp.circuit.{part}" for part in ("pictures", "files", "exports", "comparison", "compact")),
@@ -31,7 +34,6 @@ project = "sparse_interp"
 version = release = sparse_interp.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
-suppress_warnings = ["toc.empty_glob"]  # a place for a page may be kept before the page is written
 
 # Every reference has to lead somewhere; other people's types and the standard library's have no page here.
 nitpicky = True
@@ -84,6 +86,11 @@ def copy_notebooks(app: Sphinx) -> None:
 def lead_to_their_pages(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to notebooks, and to README, lead to their pages here."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../README.md", "](index.md")
+    if page == "index":
+        lines = source[0].splitlines(keepends=True)
+        source[0] = "".join(
+            line for line in lines if line.strip() not in KEPT or (HERE / f"{line.strip()}.md").exists()
+        )
 
 
 def read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -106,6 +113,13 @@ def read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
 def leave_out_parts(app: Sphinx, name: str, obj: Any, options: Any, bases: list[type]) -> None:
     """Of its bases a class shows those that a reader can look up; the rest are the class itself, in several files."""
     bases[:] = [base for base in bases if not base.__module__.startswith(PARTS)] or [object]
+
+
+def leave_out_object(app: Sphinx, document: nodes.document) -> None:
+    """That a class is an object says nothing."""
+    for paragraph in list(document.findall(nodes.paragraph)):
+        if paragraph.astext() == "Bases: object":
+            paragraph.parent.remove(paragraph)
 
 
 def leave_out_fields(
@@ -140,4 +154,5 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", read_docstring)
     app.connect("autodoc-process-bases", leave_out_parts)
     app.connect("autodoc-process-signature", leave_out_fields)
+    app.connect("doctree-read", leave_out_object)
     app.add_transform(LinkPublicNames)
