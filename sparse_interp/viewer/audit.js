@@ -43,23 +43,45 @@ function showAudit(view, audit) {
   show(0);
   view.replaceChildren(el("div", { className: "paper" },
     el("h2", {}, "What this circuit is worth"), verdictLead(audit),
-    audit.headline ? el("p", { className: "lead" }, `${audit.headline[0].toUpperCase()}${audit.headline.slice(1)}.`) : null,
-    audit.questions.length ? el("ul", { className: "questions" }, ...audit.questions.map(question)) : null,
+    audit.headline ? el("p", { className: "lead" }, `${capital(audit.headline)}.`) : null,
+    audit.questions.length ? el("ul", { className: "questions" }, ...audit.questions.map((one) => question(one, audit.rows))) : null,
     el("div", { className: "filters" }, choiceOf("Which rows", kinds.map(([name]) => name), show), count),
     auditTable(body), ...audit.curves.map(curveCard)));
 }
 
 /** Where the questions below give the reasons, the verdict's first words are enough. */
-function verdictLead(audit) {
-  const words = audit.questions.length ? audit.verdict.split(/[:;]/)[0] : audit.verdict;
-  return el("p", { className: "lead verdict-lead" }, words[0] ? `${words[0].toUpperCase()}${words.slice(1)}` : "");
+function verdictLead({ questions, verdict }) {
+  if (questions.length === 0) return el("p", { className: "lead verdict-lead" }, capital(verdict));
+  const kept = questions.filter(({ passed }) => passed).length;
+  return el("p", { className: "lead verdict-lead" }, `${capital(verdict.split(/[:;]/)[0])}: ${kept} of the ${questions.length} things that a verdict rests on are kept.`);
 }
 
-/** One of the things that the verdict rests on. */
-function question({ about, passed, why }) {
+function capital(words) {
+  return words ? words[0].toUpperCase() + words.slice(1) : "";
+}
+
+/** One of the things that the verdict rests on, with every number that decides about it. */
+function question({ about, passed, why }, rows) {
   const [kind, mark] = OUTCOMES.get(passed), word = { pass: "kept", fail: "missed", open: "not run" }[kind];
+  const deciding = rows.filter((row) => row.decides && row.about === about);
   return el("li", { className: `question is-${kind}` }, el("span", { className: `outcome is-${kind}` }, el("span", { "aria-hidden": "true" }, mark), ` ${word}`),
-    el("h3", {}, about[0].toUpperCase() + about.slice(1)), why ? el("p", {}, why) : null);
+    el("h3", {}, capital(about)),
+    deciding.length ? el("ul", { className: "effects" }, ...deciding.map(effect)) : why ? el("p", {}, why) : null);
+}
+
+/** One deciding number: what it is, its size and interval, on what it was measured, and the bound or how it was missed. */
+function effect(row) {
+  const [kind, mark, word] = OUTCOMES.get(row.passed), interval = intervalOf(row);
+  const behind = [interval ? `95 % interval ${interval}` : "", row.n === null ? "" : `n\u00a0=\u00a0${number(row.n)}`, row.split].filter(Boolean).join(" · ");
+  return el("li", { className: `is-${kind}` },
+    el("p", { className: "effect-name" }, `${row.measure}, ${row.condition}`),
+    row.value === null ? null : el("p", {}, el("span", { className: "effect-mark", role: "img", "aria-label": word }, mark),
+      el("strong", {}, ` ${number(row.value)}`), el("span", { className: "hint" }, ` ${behind}`)),
+    row.note ? el("p", { className: kind === "fail" ? "" : "hint" }, row.note) : null);
+}
+
+function intervalOf({ low, high }) {
+  return low === null || high === null ? "" : `${number(low)} to ${number(high)}`;
 }
 
 function auditTable(body) {
@@ -75,7 +97,7 @@ function auditRows(rows) {
   return rows.flatMap((row, index) => {
     const before = rows[index - 1], opens = row.about && (!before || before.about !== row.about);
     const first = opens || !before || before.measure !== row.measure;
-    const title = opens ? [el("tr", { className: "about" }, el("th", { scope: "rowgroup", colSpan: 8 }, row.about[0].toUpperCase() + row.about.slice(1)))] : [];
+    const title = opens ? [el("tr", { className: "about" }, el("th", { scope: "rowgroup", colSpan: 8 }, capital(row.about)))] : [];
     return [...title, auditRow(row, first, first ? spanFrom(rows, index) : 0)];
   });
 }
@@ -88,11 +110,10 @@ function spanFrom(rows, index) {
 
 function auditRow(row, first, span) {
   const [kind, mark, word] = row.value === null && row.passed === null ? ["open", "–", "not run"] : OUTCOMES.get(row.passed);
-  const interval = row.low === null || row.high === null ? "" : `${number(row.low)} to ${number(row.high)}`;
   return el("tr", { className: `${first ? "first" : ""} ${row.decides ? "decides" : ""}` },
     first ? el("th", { scope: "row", rowSpan: span }, row.measure) : null,
     el("td", {}, row.condition), el("td", { className: "numeric strong" }, number(row.value)),
-    el("td", { className: "numeric" }, interval), el("td", { className: "numeric" }, row.n === null ? "" : number(row.n)),
+    el("td", { className: "numeric" }, intervalOf(row)), el("td", { className: "numeric" }, row.n === null ? "" : number(row.n)),
     el("td", {}, row.split),
     el("td", {}, el("span", { className: `outcome is-${kind}` }, el("span", { "aria-hidden": "true" }, mark), ` ${word}`),
       row.decides ? el("span", { className: "decider" }, "decides") : null),

@@ -1,20 +1,16 @@
 // Two circuits side by side, drawn alike. Of one model their nodes have the same names, so what both have is told apart
 // from what one has alone: shared nodes wear a ring. Of two models only numbers can be compared.
 
-function showCompare(view, model, other, { follow }) {
+function showCompare(view, data, { follow }) {
+  const [model, other] = [data, data.other].map((one) => readModel(structuredClone(one), data.pieces));
   const same = model.data.model_sha256 !== "" && model.data.model_sha256 === other.data.model_sha256;
   const status = el("p", { className: "told", role: "status" }, "Point at a node, or walk with the arrow keys.");
   const sides = [model, other].map((one, i) => side(one, i, status));
   view.replaceChildren(el("div", { className: "sides" }, ...sides.map(({ holder }) => holder)), status,
     el("div", { className: "paper" }, tableCard(countTable(model, other, same)), tableCard(summaryTable(model, other)),
-      same ? section("Nodes of both", el("ul", { className: "wires" }, ...shared(model, other).slice(0, 60).map((node) => linkRow(fullName(node), node.importance, 1, () => follow(node))))) : null));
+      same ? section("Nodes of both", el("ul", { className: "wires" }, ...shared(model, other).slice(0, 60).map((node) => linkRow(fullName(node), node.importance, 1, () => follow(node.id))))) : null));
   const both = new Set(same ? shared(model, other).map((node) => node.id) : []);
-  let drawn = false;
-  return () => {
-    if (drawn) return;
-    drawn = true;
-    for (const { graph } of sides) { graph.draw(); graph.markShared(both); }
-  };
+  for (const { graph } of sides) { graph.draw(); graph.markShared(both); }
 
   function side(one, i, said) {
     const stage = el("div", { className: "stage" });
@@ -29,7 +25,7 @@ function showCompare(view, model, other, { follow }) {
       said.textContent = one.spoken(vertex) + (same && !isToken(vertex) ? (twin ? `. Both have it; there its importance is ${number(twin.importance)}.` : ". The other circuit lacks it.") : "");
       sides[1 - i].graph.highlight(twin ? twin.id : null);
     };
-    const graph = createGraph(stage, one, { hover: tell, focus: tell, hoverEdge: () => {}, pin: (vertex) => (i === 0 ? follow(vertex) : tell(vertex)) }, `compare${i}`);
+    const graph = createGraph(stage, one, { hover: tell, focus: tell, hoverEdge: () => {}, pin: (vertex) => (i === 0 ? follow(vertex.id) : tell(vertex)) }, `compare${i}`);
     return { holder, graph };
   }
 }

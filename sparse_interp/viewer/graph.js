@@ -3,7 +3,10 @@
 
 const NODE_SHAPES = { circle: (r) => `M${-r},0A${r},${r} 0 1 1 ${r},0A${r},${r} 0 1 1 ${-r},0Z`, square: squarePath, hexagon: hexagonPath };
 const HEADER_HEIGHT = 46;
-const LABEL_ROOM = 21;
+/** Pixels of a node's name: a letter's width, the height, and the way from the node. */
+const NAME = { letter: 6.8, height: 11, away: 2, apart: 2 };
+/** Pixels between nodes from which those without a drawn wire are named too. */
+const ROOMY = 21;
 
 function squarePath(r) {
   const a = r * 0.9, c = r * 0.3;
@@ -53,6 +56,8 @@ function createGraph(stage, model, on, name = "main") {
     markShared(state.shared);
     markOut(state.out);
     state.sized = null;
+    svg.selectAll("marker").attr("markerWidth", clamp(state.layout.pitch * 0.5, 5.5, 8)).attr("markerHeight", clamp(state.layout.pitch * 0.5, 5.5, 8));
+    svg.style("--rail", clamp(state.layout.railGap * 0.3, 0.6, 1.7));
     fit(false);
     applyTransform();
     fitSizes();
@@ -93,9 +98,14 @@ function createGraph(stage, model, on, name = "main") {
     if (k === state.sized) return;
     state.sized = k;
     svg.style("--k", k);
-    svg.classed("roomy", state.layout.pitch * k >= LABEL_ROOM);
-    svg.classed("far", k < 0.5);
+    nameNodes();
+    svg.classed("far", k < 0.6);
     svg.classed("rails-named", state.layout.railGap * k >= 12.5);
+  }
+
+  function nameNodes() {
+    const named = namesWithRoom(model, state.layout, state.transform.k);
+    layers.nodes.selectAll("g.node").classed("named", (vertex) => named.has(vertex.id));
   }
 
   function setRoving(id) {
@@ -177,7 +187,9 @@ function createGraph(stage, model, on, name = "main") {
     const drawn = model.edges.filter(isDrawn);
     drawEdges(layers.edges, model, withoutCovered(drawn, model), state.layout, name);
     const joined = new Set(drawn.flatMap((edge) => [edge.source, edge.target]));
-    layers.nodes.selectAll("g.vertex").classed("idle", (vertex) => !joined.has(vertex.id)).classed("off", (vertex) => Boolean(vertex.off));
+    for (const vertex of model.vertices) vertex.idle = !joined.has(vertex.id);
+    layers.nodes.selectAll("g.vertex").classed("idle", (vertex) => vertex.idle).classed("off", (vertex) => Boolean(vertex.off));
+    nameNodes();
     const shown = state.shown;
     state.shown = undefined;
     highlight(shown ?? null);
@@ -201,6 +213,32 @@ function withoutCovered(edges, model) {
     if (!best || model.vertex(edge.target).x > model.vertex(best.target).x) furthest.set(edge.source, edge);
   }
   return edges.filter((edge) => edge.kind !== "residual" || furthest.get(edge.source) === edge);
+}
+
+/** Ids of nodes whose name finds room at scale `k`, the most important first: on no other name, and on no other node. */
+function namesWithRoom(model, layout, k) {
+  const cells = new Map(), named = new Set(), size = 24;
+  const near = (box, visit) => {
+    for (let i = Math.floor(box[0] / size); i <= box[2] / size; i++) for (let j = Math.floor(box[1] / size); j <= box[3] / size; j++) visit(i * 65536 + j);
+  };
+  const put = (box) => near(box, (cell) => { if (cells.has(cell)) cells.get(cell).push(box); else cells.set(cell, [box]); });
+  const meets = (a) => {
+    let found = false;
+    near(a, (cell) => { found ||= (cells.get(cell) || []).some((b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]); });
+    return found;
+  };
+  const nodes = model.nodes.filter((vertex) => !vertex.off);
+  for (const { x, width, top } of layout.heads) put([x * k, top * k, (x + width) * k, (top + CARD.title) * k]);
+  for (const { x, y, radius: r } of nodes) put([(x - r) * k, (y - r) * k, (x + r) * k, (y + r) * k]);
+  const candidates = nodes.filter((vertex) => !vertex.idle || layout.pitch * k >= ROOMY);
+  candidates.sort((a, b) => (b.importance ?? 0) - (a.importance ?? 0)).forEach((vertex) => {
+    const half = NAME.letter * shortName(vertex).length / 2 + NAME.apart, bottom = (vertex.y - vertex.radius) * k - NAME.away;
+    const box = [vertex.x * k - half, bottom - NAME.height, vertex.x * k + half, bottom];
+    if (meets(box)) return;
+    named.add(vertex.id);
+    put(box);
+  });
+  return named;
 }
 
 /** Inside another page a plain wheel belongs to that page's scrolling; there, zooming takes Ctrl or ⌘. */
@@ -230,7 +268,7 @@ function addMarkers(defs, name) {
   const shapes = { positive: "M0,0.8L7.5,4L0,7.2Z", negative: "M4.6,0H7V8H4.6Z" };
   for (const [sign, d] of Object.entries(shapes)) {
     defs.append("marker").attr("id", `end-${sign}-${name}`).attr("class", `end ${sign}`).attr("viewBox", "0 0 8 8")
-      .attr("refX", 6.5).attr("refY", 4).attr("markerWidth", 8).attr("markerHeight", 8)
+      .attr("refX", 6.5).attr("refY", 4)
       .attr("markerUnits", "userSpaceOnUse").attr("orient", "auto").append("path").attr("d", d);
   }
 }
@@ -307,9 +345,9 @@ function drawNodes(group, model, on, keyboard) {
   joined.attr("class", (v) => `vertex ${isToken(v) ? `token ${v.role}` : `node ${v.site}`}`)
     .attr("transform", (v) => `translate(${v.x},${v.y})`).attr("aria-label", (v) => model.spoken(v))
     .style("--importance", (v) => v.fill);
-  joined.select(".halo").attr("d", (v) => outline(v, 5));
+  joined.select(".halo").attr("d", (v) => outline(v, isToken(v) ? 5 : clamp(v.radius * 0.7, 2.5, 5)));
   joined.select(".shape").attr("d", (v) => outline(v, 0));
-  joined.select(".name").attr("y", (v) => (isToken(v) ? 4 * v.scale : -v.radius - 4))
+  joined.select(".name").attr("y", (v) => (isToken(v) ? 4 * v.scale : -v.radius - NAME.away))
     .style("font-size", (v) => (isToken(v) ? `${12 * v.scale}px` : null)).text(shortName);
   joined.on("pointerenter", (event, v) => on.hover(v)).on("pointerleave", () => on.hover(null))
     .on("focus", (event, v) => { keyboard.focused(v); on.focus(v); }).on("blur", () => on.focus(null))

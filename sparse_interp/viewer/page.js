@@ -114,16 +114,20 @@ function startPage(data, text) {
   }
 
   fillMasthead(data);
-  const drawCompared = data.other ? showCompare(byId("view-compare"), model, readModel(data.other, data.pieces), { follow }) : null;
   const hide = (name, there) => { byId(`tab-${name}`).hidden = !there; };
   hide("compare", data.other);
   hide("channels", data.channels.length);
   hide("origin", data.tables.length + data.curves.length);
-  if (data.channels.length) showChannels(byId("view-channels"), model, follow);
-  showOrigin(byId("view-origin"), data);
-  const openTab = wireTabs((name) => { if (name === "compare") drawCompared(); });
+  // Made when they are first opened: a reader of the graph need not wait for them.
+  const unmade = new Map(Object.entries({
+    audit: (view) => showAudit(view, data.audit), channels: (view) => showChannels(view, model, follow), origin: (view) => showOrigin(view, data),
+    compare: (view) => showCompare(view, data, { follow: (id) => follow(model.vertex(id)) }),
+  }));
+  const openTab = wireTabs((name) => {
+    unmade.get(name)?.(byId(`view-${name}`));
+    unmade.delete(name);
+  });
   showVerdict(byId("verdict"), byId("tab-audit"), data.audit, () => openTab("audit"));
-  showAudit(byId("view-audit"), data.audit);
   fillLegend(byId("legend"), data.edge_value);
   wireTheme(byId("theme"));
   wireThresholds(model, graph, () => {});
@@ -173,7 +177,8 @@ function fillLegend(legend, value) {
     return el("span", {}, sample.node(), words);
   };
   legend.replaceChildren(wire("weight positive", `positive ${value}`), wire("weight negative", `negative ${value}`),
-    wire("residual plain", "residual rail"), wire("attention plain", "attention"), node("attn_read", "read, q, k, v"),
-    node("attn_write", "write"), node("neuron", "neuron"), el("span", { className: "aside" }, "larger, darker: more important"));
+    node("attn_read", "read, q, k, v"), node("attn_write", "write"), node("neuron", "neuron"),
+    el("span", { className: "aside" }, "larger, darker: more important"));
+  for (const kind of ["residual", "attention"]) document.querySelector(`#show-${kind} + .sample`).replaceChildren(...wire(`${kind} plain`, "").querySelectorAll("svg"));
 }
 

@@ -97,12 +97,14 @@ def inline_html(page: str, height: int = 720, title: str = "Circuit page") -> st
     """`page` in a frame of `height` pixels: what `_repr_html_` hands to a notebook.
 
     The frame carries the document itself, so it needs no file beside the notebook, and its sandbox keeps the page's
-    script and style away from the notebook's own.
+    script and style away from the notebook's own. A notebook that is not trusted is shown without frames: then the
+    words inside this one are what is left, which a browser that draws the frame never shows.
     """
-    document = html.escape(page, quote=True)
+    document, name = html.escape(page, quote=True), html.escape(title)
     return (
-        f'<iframe srcdoc="{document}" sandbox="allow-scripts allow-downloads" title="{html.escape(title)}" '
-        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:10px;background:#fff"></iframe>'
+        f'<iframe srcdoc="{document}" sandbox="allow-scripts allow-downloads" title="{name}" '
+        f'style="width:100%;height:{height}px;border:1px solid #8884;border-radius:10px;background:#fff">'
+        f"{name}: shown once this notebook is trusted, or its cell has run again.</iframe>"
     )
 
 

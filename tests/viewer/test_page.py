@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import replace
 from functools import cache
+from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -499,7 +500,7 @@ def test_every_activation_can_be_read_as_a_number(show):
 def test_the_keyboard_reaches_every_node_and_pins_it(show):
     page = small_page()
     tab = show(page)
-    tab.js("document.querySelector('#show-attention').focus()")
+    tab.js("document.querySelector('#least').focus()")
     tab.press("Tab")
     focused = "document.activeElement.dataset.id"
     assert tab.js(focused) is not None, "Tab after the toolbar enters the graph"
@@ -607,7 +608,9 @@ def test_a_channel_keeps_its_rail_and_no_two_vertices_touch(show, make_page):
 @pytest.mark.parametrize("make_page", [large_page, tall_page])
 def test_a_drawing_takes_the_shape_of_the_window_whatever_the_shape_of_the_circuit(show, make_page):
     tab = show(make_page())
-    box = "(({x, y, right, bottom}) => [x, y, right, bottom])(document.querySelector('#stage{}').getBoundingClientRect())"
+    box = (
+        "(({x, y, right, bottom}) => [x, y, right, bottom])(document.querySelector('#stage{}').getBoundingClientRect())"
+    )
     for width, height in [(1440, 900), (1024, 768)]:
         tab.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         tab.settle()
@@ -719,11 +722,22 @@ def test_every_text_stands_out_from_its_background(show, scheme, audited):
         assert lowest[0][0] >= 4.5, f"WCAG AA asks for 4.5 : 1; the faintest texts are {lowest}"
 
 
-def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tmp_path):
+VS_CODE_POLICY = (
+    "default-src 'none'; script-src 'self' https://*.vscode-cdn.net 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' https://*.vscode-cdn.net 'unsafe-inline'; font-src 'self' https://*.vscode-cdn.net https:; "
+    "img-src 'self' https://*.vscode-cdn.net https: http: data:; connect-src https:; child-src https: data:;"
+)
+"""What VS Code puts on a notebook's outputs where its experimental setting asks for a policy; frames inherit it."""
+
+
+@pytest.mark.parametrize("policy", ["", VS_CODE_POLICY])
+def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tmp_path, policy):
     page = small_page()
     host = tmp_path / "notebook.html"
     cell = inline_html(render_page(page), height=640)
-    host.write_text(f"<!doctype html><title>host</title><body>{cell}</body>", encoding="utf-8")
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">' if policy else ""
+    head = f'<!doctype html>{meta}<link rel="icon" href="data:,"><title>host</title>'
+    host.write_text(f"{head}<body>{cell}</body>", encoding="utf-8")
     tab = browser.tab(width=900, height=700)
     tab.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
     tab.open(host)
@@ -738,6 +752,21 @@ def test_a_notebook_frame_shows_the_page_and_touches_nothing_outside(browser, tm
     assert tab.js("document.querySelector('iframe').getBoundingClientRect().height") == 642  # with its border
     assert frame.complaints() == [] and tab.complaints() == [] and tab.requests() == []
     browser.close_tabs()
+
+
+class WithoutFrames(HTMLParser):
+    """The words that are left where frames are taken away, as a notebook that is not trusted does."""
+
+    words = ""
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_a_notebook_that_is_not_trusted_says_how_the_page_is_shown():
+    reader = WithoutFrames()
+    reader.feed(inline_html(render_page(small_page()), title="a < b"))
+    assert reader.words == "a < b: shown once this notebook is trusted, or its cell has run again."
 
 
 def text_of(tab: Any, selector: str) -> str:
@@ -822,7 +851,10 @@ def test_two_circuits_stand_side_by_side_and_only_those_of_one_model_share_nodes
     other = replace(page, nodes=page.nodes[::2], tokens=(), heads=(), model_sha256=sha256, title="Nonsense",
                     edges=[e for e in page.edges if {e.source, e.target} <= ids])  # fmt: skip
     tab = show(replace(page, other=other))
+    places = "[...document.querySelectorAll('#stage .vertex')].map(({__data__: v}) => [v.x, v.y])"
+    before = tab.js(places)
     tab.click("#tab-compare")
+    assert tab.js(places) == before, "what is drawn beside another circuit leaves its own graph alone"
     counts = [tab.js(f"document.querySelectorAll('.side')[{i}].querySelectorAll('.vertex').length") for i in (0, 1)]
     assert counts == [len(page.nodes) + len(page.tokens), len(ids)]
     rings = tab.js("document.querySelectorAll('.side:first-child .vertex.shared').length")
@@ -832,8 +864,9 @@ def test_two_circuits_stand_side_by_side_and_only_those_of_one_model_share_nodes
     )
     jaccard = f"{len(ids) / len(page.nodes):.3g}"
     assert row == ["nodes", str(len(page.nodes)), str(len(ids)), *([str(len(ids)), jaccard] if same else [])]
-    tab.click(".side:first-child .vertex.node")
+    tab.click(".side:first-child .vertex.node .shape")
     assert tab.js("document.querySelector('#view-circuit').hidden") is False
+    assert tab.js("document.querySelector('#stage .vertex.pinned') !== null")
     assert tab.complaints() == []
 
 
@@ -905,16 +938,14 @@ def test_the_whole_page_can_be_used_without_a_mouse(show):
 
 
 AXE = "axe_playwright_python"
-"""A Python package that ships axe-core as one file; nothing else of it is used."""
+"""A Python package that ships axe-core as one file, which `make venv` installs alone: nothing else of it is used."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(show, scheme):
     found = importlib.util.find_spec(AXE)
     if found is None:
-        pytest.skip(
-            "axe-core is not here; the extra `accessibility` brings it (pip install sparse_interp[accessibility])"
-        )
+        pytest.skip("axe-core is not here; `make venv` brings it (pip install --no-deps axe-playwright-python)")
     script = Path(found.submodule_search_locations[0], "axe.min.js").read_text(encoding="utf-8")
     tab = show(replace(small_page(), other=small_page()), scheme=scheme)
     tab.js(f"{script}; 0")
@@ -934,9 +965,11 @@ def test_the_audit_says_what_its_verdict_rests_on(show, passed, words):
         PageQuestion(about="sufficiency", passed=True),
         PageQuestion(about="necessity", passed=passed, why="a reason"),
     ]
-    row = PageAuditRow(measure="loss", condition="circuit", value=1.0, about="sufficiency", decides=True, passed=passed)
+    row = PageAuditRow(measure="loss", condition="circuit", value=1.25, low=0.75, high=1.5, n=64, split="test",
+                       about="sufficiency", decides=True, passed=passed, note="bound: at most 2")  # fmt: skip
+    other = replace(row, about="necessity", decides=False, value=None, passed=None, note="")
     audit = PageAudit(verdict="fails: one thing; another", passed=passed, headline="the gap", questions=questions,
-                      rows=[row, replace(row, about="necessity", decides=False, value=None, passed=None)])  # fmt: skip
+                      rows=[row, other])  # fmt: skip
     tab = show(replace(small_page(), audit=audit))
     assert words in text_of(tab, "#verdict")
     tab.click("#tab-audit")
@@ -944,5 +977,7 @@ def test_the_audit_says_what_its_verdict_rests_on(show, passed, words):
     assert "Sufficiency" in said and "a reason" in said and "The gap." in said
     marks = tab.js("[...document.querySelectorAll('.question .outcome')].map((mark) => mark.innerText.slice(2))")
     assert marks == ["kept", {True: "kept", False: "missed", None: "not run"}[passed]]
+    card = " ".join(text_of(tab, ".question").split())
+    assert "loss, circuit" in card and "1.25 95 % interval 0.75 to 1.5 · n = 64 · test" in card and "at most 2" in card
     tab.js("[...document.querySelectorAll('.filters button')].find((b) => b.innerText === 'Not run').click()")
     assert tab.js("document.querySelectorAll('.audit .outcome').length") == 1
