@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
-from sparse_interp.bridges.bridge import Bridge
+from sparse_interp.bridges.bridge import Bridge, nmse
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
-from sparse_interp.bridges.files import MAPS, RECORD
+from sparse_interp.bridges.files import MAPS, RECORD, bridge_folder
+from sparse_interp.bridges.hybrid import streams_and_logits
 from sparse_interp.errors import BridgeError
+from sparse_interp.model.transformer import load
+from sparse_interp.model.zoo import validation_blocks
 
 
 @pytest.fixture
@@ -80,3 +83,29 @@ def test_a_folder_that_was_changed_is_refused(bridge, tmp_path, spoil):
     }
     with pytest.raises(BridgeError, match=expected[spoil]):
         Bridge.load(folder)
+
+
+def test_the_bundled_bridge_fits_the_bundled_models_as_well_as_its_card_says():
+    sparse, dense = load("stdlib-small"), load("stdlib-small-dense")
+    bridge = Bridge.load("stdlib-small", sparse, dense)
+    card = json.loads((bridge_folder("stdlib-small") / "card.json").read_text())
+    text = validation_blocks("stdlib-small")[1::6][:48]
+    found = {str(pair): {"encode": 0.0, "decode": 0.0} for pair in bridge.pairs}
+    with torch.no_grad():
+        for part in text.split(16):
+            ours, theirs = (streams_and_logits(model, part, range(5))[0] for model in (sparse, dense))
+            for pair in bridge.pairs:
+                here, there = ours[pair.sparse], theirs[pair.dense]
+                for way, error in (
+                    ("encode", nmse(bridge.encode(there, pair), here)),
+                    ("decode", nmse(bridge.decode(here, pair), there)),
+                ):
+                    found[str(pair)][way] += float(error) * len(part) / len(text)
+    for pair, said in card["as_stored"]["by_pair"].items():
+        assert found[pair] == pytest.approx({way: said[way] for way in ("encode", "decode")}, rel=2e-3)
+    assert sum(path.stat().st_size for path in bridge_folder("stdlib-small").iterdir()) < 1_000_000
+
+
+def test_a_name_that_no_bridge_has_is_refused_with_those_that_there_are():
+    with pytest.raises(BridgeError, match="no bundled bridge is called so; there are stdlib-small"):
+        Bridge.load("stdlib-smal")
