@@ -276,7 +276,7 @@ def collect(bridge: si.Bridge, work: Path, solved: list[str], out: Path) -> None
     about = {"command": "python benchmarks/bridges.py", "measured": datetime.now(UTC).date().isoformat()}
     about |= {"bridge": maps_sha256(bridge), "sparse": vars(bridge.sparse), "dense": vars(bridge.dense)}
     nodes = {each.where: len(each.by_node[BRIDGE]) for each in effects}
-    about |= {"blocks": N_BLOCKS, "pairs_per_task": N_PAIRS, "nodes": nodes, "random_directions": N_RANDOM}
+    about |= {"blocks": N_BLOCKS, "pairs_per_task": N_PAIRS, "nodes": nodes, "random_directions": N_RANDOM, "seed": 0}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "seconds": seconds}
     write_whole(out / "bridges.json", json.dumps(about, indent=1) + "\n")
     shown = frame[(frame.part == "causal") & (frame["measure"] == "agreement")]

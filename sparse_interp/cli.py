@@ -56,7 +56,18 @@ from sparse_interp.faithfulness.audit_table import AuditTable
 from sparse_interp.faithfulness.board import board_cells, run_board
 from sparse_interp.faithfulness.rivals import rivals as find_rivals
 from sparse_interp.faithfulness.rows import LEVELS
-from sparse_interp.figures import audit_figure, board_figure, search_figure
+from sparse_interp.figures import recovery_board
+from sparse_interp.gallery import (
+    FIGURES,
+    RESULTS,
+    STEPS,
+    draw_figures,
+    last_time,
+    make_tables,
+    steps_of,
+    write_page,
+)
+from sparse_interp.gallery import chosen as chosen_figures
 from sparse_interp.interventions.attribution import METHODS, attribute_nodes
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.node_effects import PatchingTable
@@ -750,21 +761,56 @@ def demo_run(
 
 @app.command()
 def figures(
-    demo: Annotated[Path, Option(help="Folder that `sparse-interp demo` left; what it lacks is made first.")] = Path(
-        "out/demo"
-    ),
-    out: Annotated[Path, Option(help="Folder for the figures and the tables that they show.")] = Path("out/figures"),
+    out: Annotated[Path, Option(help="Folder for figures, their numbers and their captions.")] = Path("out/figures"),
+    only: Annotated[list[str] | None, Option(help=f"One of {', '.join(FIGURES)}; may be given again.")] = None,
+    results: Annotated[Path, Option(help="Folder of the tables that figures are drawn from.")] = RESULTS,
+    from_scratch: Annotated[
+        bool, Option("--from-scratch", help="Make the tables first, in a folder of OUT, where it goes on if stopped.")
+    ] = False,
+    yes: Annotated[bool, Option("--yes", help="With --from-scratch: do not ask.")] = False,
+    page: Annotated[
+        Path | None, Option(help="Also write a page of all that was drawn, with figures/ beside it.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Draw the published figures from the tables of a demo: the audit's, and the search's."""
-    if not (demo / "audit.json").exists():
-        demo_run(out=demo, threads=threads)
+    """Draw the published figures: as SVG, PDF and PNG, each with its numbers as CSV and its caption.
+
+    The same tables give the same bytes. A figure whose tables are missing or broken is left out, with the command that
+    makes them, and the exit code is then 1.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = chosen_figures(only or ())
     _claim(out)
-    table, circuit = AuditTable.from_json(demo / "audit.json"), Circuit.load(demo / CIRCUIT)
-    for name, (frame, ax) in {"audit": audit_figure(table), "search": search_figure(circuit)}.items():
-        Table(frame).save(out / f"{name}.csv")
-        save_figure(ax, out / f"{name}.png")
-        print(out / f"{name}.png")
+    if from_scratch:
+        results = _made_tables(names, results, out / "scratch", yes)
+    outcomes = []
+    for outcome in draw_figures(names, results, out):
+        outcomes.append(outcome)
+        if outcome.caption is None:
+            print(f"sparse-interp: {outcome.name} is left out: {outcome.reason}", file=sys.stderr)
+        else:
+            print(out / f"{outcome.name}.svg")
+    drawn = [outcome for outcome in outcomes if outcome.caption is not None]
+    if page is not None:
+        write_page(drawn, out, page)
+        print(page)
+    if len(drawn) < len(outcomes):
+        raise typer.Exit(FAILED)
+
+
+def _made_tables(names: list[str], results: Path, work: Path, yes: bool) -> Path:
+    """Run what makes the tables, once the user has seen how long it took before; the folder that they are in."""
+    steps = steps_of(names)
+    for step in steps:
+        took = last_time(step, results)
+        said = "not known" if took is None else f"{took / 60:.0f} minutes of processor time"
+        print(f"{' '.join(STEPS[step].command)}\n    the last time: {said}", file=sys.stderr)
+    if steps and not yes:
+        typer.confirm(f"Run {len(steps)} commands, in {work}?", abort=True, err=True)
+    for step in make_tables(steps, results.parent, work):
+        print(f"== {step}", file=sys.stderr)
+    return work / "results"
 
 
 @app.command()
@@ -789,7 +835,7 @@ def groundtruth(
     torch.set_num_threads(1)
     table = run_board(out / "cells", board, n_processes=processes, **cells)
     table.save(out / "board.csv")
-    frame, ax = board_figure(table)
+    frame, ax, _ = recovery_board(table)
     Table(frame).save(out / "methods.csv")
     save_figure(ax, out / "board.png")
     if as_json:

@@ -271,7 +271,7 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, by: str | None = None, ax: Axe
 def line_look(i: int) -> dict[str, Any]:
     """Colour, marker and dashes of the `i`-th series, for `ax.plot` and `ax.errorbar`."""
     look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-    return look | {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.5}
+    return look | {"linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)], "linewidth": 1.5}
 
 
 def graph(nodes: pd.DataFrame, edges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -23,7 +23,7 @@ FLOORS = [
     [{"circuit"}],
     [{"faithfulness"}],
     [{"bridges"}],
-    [{"viewer", "tokens", "figures", "report"}],
+    [{"viewer", "tokens", "figures", "gallery", "report"}],
     [{"sweeps", "cli"}],
 ]
 """Rooms by floor. Rooms of one floor do not import each other; the modules of one room may."""

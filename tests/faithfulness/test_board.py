@@ -11,7 +11,7 @@ from sparse_interp.faithfulness.board import NOT_RUN, board_cases, board_cells, 
 from sparse_interp.faithfulness.methods import METHODS
 from sparse_interp.faithfulness.planted_cases import planted_cases
 from sparse_interp.faithfulness.tracr import tracr_cases
-from sparse_interp.figures import BOARD_PANELS, board_figure
+from sparse_interp.figures import BOARD_PANELS, recovery_board
 
 CELLS = {"chosen_methods": ("eap", "rivals", "broken"), "chosen_cases": ("attention_copy",), "progress": False}
 
@@ -77,9 +77,10 @@ def test_no_circuit_counts_as_not_found_and_a_cell_that_does_not_apply_not_at_al
     assert list(summary.index) == ["eap", "broken"]
     assert summary.edges_exact["eap"] == 1 and summary.edges_exact["broken"] == 0
     assert list(table.summary("kind", "method").frame.kind) == ["hand-built"] * 2
-    frame, ax = board_figure(table)
-    assert frame.equals(table.summary().frame) and len(ax.figure.axes) == len(BOARD_PANELS)
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["eap", "broken"]
+    frame, ax, _ = recovery_board(table)
+    summed = table.summary().frame
+    assert frame[list(summed)].equals(summed) and len(ax.figure.axes) == len(BOARD_PANELS)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["eap (1)", "broken (1)"]
 
 
 def test_the_boards_have_every_case_once_and_every_method_but_between_components_acdc_alone():
