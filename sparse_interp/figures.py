@@ -245,7 +245,7 @@ def audit_gap(study: pd.DataFrame, audits: pd.DataFrame) -> Drawn:
             there = part.found.to_numpy()
             ax.plot(part.nodes[there], at[there], label=WORDS[twin], **look)
             ax.plot([edge * 2.2] * int((~there).sum()), at[~there], markerfacecolor="none", **look)
-        ax.set(xscale="log", xlim=(0.8, edge * 4), xlabel="nodes of the circuit", title=f"searched for {setting}")
+        ax.set(xscale="log", xlim=(0.7, edge * 4), xlabel="nodes of the circuit", title=f"searched for {setting}")
         ax.set_xticks([10**power for power in range(int(np.log10(edge)) + 1)])
         ax.minorticks_off()
         ax.set_yticks(range(len(tasks)), tasks)
@@ -292,7 +292,7 @@ def recovery_board(board: BoardTable) -> Drawn:
     for value in ("node_auc", "edge_auc"):
         bounds = [_over_cases(rows[rows.method == method], value) for method in frame.method]
         frame = frame.assign(**{f"{value}_low": [b[0] for b in bounds], f"{value}_high": [b[1] for b in bounds]})
-    axes = panels(2, 2, width=10.0, height=1.4 + 0.5 * rows.method.nunique())
+    axes = panels(2, 2, width=8.8, height=1.2 + 0.42 * rows.method.nunique())
     for i, (ax, (value, label)) in enumerate(zip(axes, BOARD_PANELS.items(), strict=True)):
         named = frame.assign(name=[f"{row.method} ({row.n_cells})" for row in frame.itertuples()])
         how = {"label": "name", "value": value, "low": f"{value}_low", "high": f"{value}_high"}
@@ -335,7 +335,7 @@ def rotated_bridges(twins: pd.DataFrame, seed: int) -> Drawn:
     numbers = ("missing_frac", "nmse_worst", "agreement, bridge", "agreement_low", "agreement_high", *controls)
     frame = checked(twins, "bridges_rotated", numbers, ("model", "bridge"))
     frame = frame[["model", "missing_frac", "bridge", *numbers[1:]]].iloc[::-1].reset_index(drop=True)
-    left, right = panels(1, 2, width=9.0, height=1.2 + 0.25 * len(frame), sharey=True)
+    left, right = panels(1, 2, width=8.4, height=1.1 + 0.22 * len(frame), sharey=True)
     at = frame.index.to_numpy()
     left.plot(frame.nmse_worst, at, **line_look(0) | {"linestyle": "none", "markersize": 6})
     away = np.abs(frame[["agreement_low", "agreement_high"]].to_numpy().T - frame["agreement, bridge"].to_numpy())

@@ -64,6 +64,8 @@ def script(name: str, *given: str) -> tuple[str, ...]:
 
 IN_WORK = ("--out", "{work}/results")
 
+GATHERED = ("--cells", "{work}/faithful_pruning", "--audits", "{work}/audits", *IN_WORK)
+
 STEPS = {
     "density_and_size": Step(
         script("density_and_size", "--seed", str(SEED)),
@@ -87,12 +89,15 @@ STEPS = {
         ("discovery",),
     ),
     "groundtruth": Step(("sparse-interp", "groundtruth"), (), ("--out", "{work}/groundtruth")),
-    "figure_tables": Step(
+    "size_curves": Step(script("figure_tables"), ("size_curves.csv",), GATHERED, ("faithful_pruning",)),
+    "necessity_and_sufficiency": Step(
+        script("figure_tables"), ("necessity_and_sufficiency.csv",), GATHERED, ("audits",)
+    ),
+    "board": Step(
         script("figure_tables", "--board", "out/groundtruth/board.csv"),
-        ("size_curves.csv", "necessity_and_sufficiency.csv", "groundtruth.csv"),
-        ("--cells", "{work}/faithful_pruning", "--audits", "{work}/audits", "--board", "{work}/groundtruth/board.csv",
-         *IN_WORK),
-        ("faithful_pruning", "audits", "groundtruth"),
+        ("groundtruth.csv",),
+        ("--board", "{work}/groundtruth/board.csv", *GATHERED),
+        ("groundtruth",),
     ),
     "bridges_rotated": Step(script("bridges_rotated", "--seed", str(SEED)), ("bridges_rotated.json",), IN_WORK),
     "bridges": Step(
@@ -101,7 +106,7 @@ STEPS = {
         ("--found", "{work}/discovery", "--work", "{work}/bridges", *IN_WORK),
         ("discovery",),
     ),
-}  # fmt: skip
+}
 """In an order in which they can be run."""
 
 
@@ -289,9 +294,9 @@ def draw_figures(names: Sequence[str], results: Path, out: Path) -> Iterator[Out
 
 def origin(name: str) -> str:
     """Where a figure comes from, in a sentence."""
-    made = FIGURES[name].commands
-    tables = ", ".join(f"`{command}`" for command in made) or "nothing but the bundled models"
-    return f"`sparse-interp figures --only {name}` draws it; its tables are made by {tables}."
+    made = ", ".join(f"`{command}`" for command in FIGURES[name].commands)
+    tables = f"its tables are made by {made}" if made else "from nothing but the bundled models"
+    return f"`sparse-interp figures --only {name}` draws it{'; ' if made else ', '}{tables}."
 
 
 def chosen(names: Sequence[str]) -> list[str]:
@@ -340,8 +345,8 @@ def steps_of(names: Sequence[str]) -> list[str]:
 
 def last_time(step: str, results: Path) -> float | None:
     """Processor seconds that a step took when its tables were made, as far as they say."""
-    known = {"groundtruth": "groundtruth.csv"}.get(step) or next(iter(STEPS[step].writes))
-    if step == "figure_tables" or not (results / known).is_file():
+    known = STEPS["board" if step == "groundtruth" else step].writes[0]
+    if "benchmarks/figure_tables.py" in STEPS[step].command or not (results / known).is_file():
         return None
     frame = read(results, known)[0]
     once = [name for name in ("level", "model", "task", "pruned") if name in frame] if step == "audits" else list(frame)

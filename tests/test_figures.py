@@ -381,7 +381,7 @@ def test_every_command_exists_and_takes_what_it_is_given():
 
 def test_tables_are_made_in_order_in_a_folder_of_their_own(tmp_path):
     assert FIGURES["necessity_and_sufficiency"].steps == [
-        "discovery", "faithful_pruning", "audits", "groundtruth", "figure_tables"]  # fmt: skip
+        "discovery", "audits", "necessity_and_sufficiency"]  # fmt: skip
     folder, work = tmp_path / "benchmarks", tmp_path / "work"
     folder.mkdir()
     (folder / "density_and_size.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[-1]).mkdir(parents=True)")
@@ -400,7 +400,7 @@ def test_a_command_that_fails_is_named_and_scripts_that_are_not_there_are_refuse
 
 def test_how_long_it_took_is_read_from_the_tables(results):
     assert gallery.last_time("density_and_size", results) == 360.0
-    assert gallery.last_time("figure_tables", results) is None
+    assert gallery.last_time("size_curves", results) is None
     assert gallery.last_time("groundtruth", results) == 6.0
 
 
