@@ -129,6 +129,20 @@ def leave_out_fields(
     return ("", None) if what == "class" and is_dataclass(obj) else (signature, returned)
 
 
+def mend_links_of_sources(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], document: nodes.document | None
+) -> None:
+    """Sources lead back to entries; viewcode gives a module one prefix, for public names and others alike."""
+    if page.startswith("_modules/sparse_interp"):
+        module = page.removeprefix("_modules/").replace("/", ".")
+
+        def mended(link: re.Match[str]) -> str:
+            name = link[2].removeprefix(f"{module}.").removeprefix("sparse_interp.")
+            return f"{link[1]}#{module if link[1].endswith('/others.html') else 'sparse_interp'}.{name}"
+
+        context["body"] = re.sub(r"(api/\w+\.html)#([\w.]+)", mended, context["body"])
+
+
 class LinkPublicNames(SphinxTransform):
     """`si.name` in a text leads to its entry; a name that is not public is an unresolved reference, so an error."""
 
@@ -155,4 +169,5 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-bases", leave_out_parts)
     app.connect("autodoc-process-signature", leave_out_fields)
     app.connect("doctree-read", leave_out_object)
+    app.connect("html-page-context", mend_links_of_sources)
     app.add_transform(LinkPublicNames)
