@@ -8,9 +8,9 @@ nearly every two neighbours are joined. Medians over openings in a headless Chro
 
     first_draw_ms       wall time from the beginning of navigation to the second frame after the graph stands
     first_draw_cpu_ms   processor time of the page's main thread until then: script, style, layout, paint
-    STEP_cpu_ms         the same for one step, frame included, mean of 40: pointing at another node, pinning one, moving
+    STEP_cpu_ms         the same for one step, frame included, mean of 12: pointing at another node, pinning one, moving
                         the graph, zooming, a step of the threshold
-    STEP_ms             wall time of script, style and layout of such a step, median of 40
+    STEP_ms             wall time of script, style and layout of such a step, median of 12
 
 Wall time is stretched by whatever else the machine does, processor time hardly. A frame at 60 Hz has 16.7 ms.
 `console` and `requests` count what the page wrote to the console (complaints of its policy among it) and asked for.
@@ -50,13 +50,14 @@ MARK_DRAWN = """new MutationObserver(() => requestAnimationFrame(() => requestAn
   window.drawnAt = performance.now(); }))).observe(document, {subtree: true, attributes: true,
   attributeFilter: ["data-ready"]})"""
 
-STEPS = 40
+STEPS = 12
+"""How often each kind of step is made."""
 
 STEP = """async (act) => {
   const times = [];
   for (let i = 0; i < STEPS; i++) {
     const began = performance.now();
-    act(i);
+    act(i, STEPS);
     document.querySelector("#stage svg").getBoundingClientRect();
     times.push(performance.now() - began);
     await new Promise((done) => requestAnimationFrame(done));
@@ -69,12 +70,12 @@ ACTS = {
       node.dispatchEvent(new PointerEvent("pointerenter")); }""",
     "pin": """(i) => { const all = document.querySelectorAll("#stage g.node"), node = all[(i * 37) % all.length];
       node.dispatchEvent(new MouseEvent("click", {bubbles: true})); }""",
-    "move": """(i) => { const stage = document.querySelector("#stage svg"), at = {bubbles: true, view: window};
+    "move": """(i, n) => { const stage = document.querySelector("#stage svg"), at = {bubbles: true, view: window};
       if (i === 0) stage.dispatchEvent(new MouseEvent("mousedown", {...at, clientX: 500, clientY: 500}));
       window.dispatchEvent(new MouseEvent("mousemove", {...at, clientX: 500 + 5 * i, clientY: 500 + 3 * i}));
-      if (i === 39) window.dispatchEvent(new MouseEvent("mouseup", at)); }""",
-    "zoom": """(i) => document.querySelector("#stage svg").dispatchEvent(new WheelEvent("wheel",
-      {bubbles: true, cancelable: true, deltaY: i < 20 ? -40 : 40, clientX: 500, clientY: 500}))""",
+      if (i === n - 1) window.dispatchEvent(new MouseEvent("mouseup", at)); }""",
+    "zoom": """(i, n) => document.querySelector("#stage svg").dispatchEvent(new WheelEvent("wheel",
+      {bubbles: true, cancelable: true, deltaY: i < n / 2 ? -40 : 40, clientX: 500, clientY: 500}))""",
     "threshold": """(i) => { const slider = document.querySelector("#threshold");
       slider.value = String(Number(slider.max) - 10 * (i + 1)); slider.dispatchEvent(new Event("input")); }""",
 }
@@ -175,15 +176,15 @@ def main() -> None:
             if not (path := pages / f"{name}-{n}.html").exists():
                 write_page(path, name, n)
         browser = open_browser(str(Path(scratch) / "profile"))
-        rows = []
+        given.out.mkdir(parents=True, exist_ok=True)
+        found = {"machine": machine(), "repeats": given.repeats, "rows": []}
         for name, n in CASES:
-            rows.append({"model": name} | measure(browser, (pages / f"{name}-{n}.html").absolute(), given.repeats))
+            row = {"model": name} | measure(browser, (pages / f"{name}-{n}.html").absolute(), given.repeats)
+            found["rows"].append(row)
+            (given.out / "circuit_page.json").write_text(json.dumps(found, indent=1) + "\n")
             print("  ".join(f"{key} {value:,.1f}" if isinstance(value, float) else f"{key} {value}"
-                            for key, value in rows[-1].items()))  # fmt: skip
+                            for key, value in row.items()))  # fmt: skip
         browser.close()
-    given.out.mkdir(parents=True, exist_ok=True)
-    found = {"machine": machine(), "repeats": given.repeats, "rows": rows}
-    (given.out / "circuit_page.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
