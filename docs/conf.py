@@ -4,8 +4,8 @@ The pages are Markdown that reads as well where it lies; what they need of Sphin
 and its parsers run no notebook and fetch nothing.
 """
 
+import json
 import re
-import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,18 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def copy_notebooks(app: Sphinx) -> None:
-    """Notebooks beside the pages, where Sphinx looks for them; only those that changed."""
+    """Notebooks beside the pages, where Sphinx looks for them, each with the word that its code is Python."""
     folder = HERE / "notebooks"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.ipynb"):
         if not (NOTEBOOKS / old.name).exists():
             old.unlink()
-    for notebook in NOTEBOOKS.glob("*.ipynb"):
-        copy = folder / notebook.name
-        if not copy.exists() or copy.read_bytes() != notebook.read_bytes():
-            shutil.copyfile(notebook, copy)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["metadata"] |= {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+        copy, text = folder / path.name, json.dumps(notebook)
+        if not copy.exists() or copy.read_text(encoding="utf-8") != text:  # one that is the same is not read again
+            copy.write_text(text, encoding="utf-8")
 
 
 def lead_to_their_pages(app: Sphinx, page: str, source: list[str]) -> None:
