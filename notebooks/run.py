@@ -65,7 +65,9 @@ def executed(path: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         pipe = {"transport": "ipc", "ip": f"{folder}/kernel"} if os.name == "posix" else {}
         kernel = AsyncKernelManager(kernel_name="python3", **pipe)
-        client = NotebookClient(notebook, km=kernel, timeout=1800, record_timing=False, resources=place)
+        client = NotebookClient(
+            notebook, km=kernel, timeout=1800, iopub_timeout=120, record_timing=False, resources=place
+        )
         client.execute(cleanup_kc=True, env=kept | KERNEL)
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook

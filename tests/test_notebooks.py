@@ -13,6 +13,8 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 MACHINE_PATH = re.compile(r"(?:^|[^\w.~])/(?:work|farm|root|tmp|home|opt|mnt|Users)" + "/")
 
+LINK = re.compile(r"\]\(([^)#\s]+)")
+
 every_notebook = pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 
 
@@ -59,6 +61,25 @@ def test_a_notebook_ends_in_the_table_and_the_figure_that_carry_its_claim(path):
     *_, table, figure = [cell for cell in read(path).cells if cell.cell_type == "code"]
     assert any("<table" in str(output.get("data", {}).get("text/html")) for output in table.outputs)
     assert any("image/png" in output.get("data", {}) for output in figure.outputs)
+
+
+@every_notebook
+def test_a_notebook_opens_with_its_claim_and_speaks_of_what_there_is(path):
+    import sparse_interp as si
+
+    first, *_ = cells = read(path).cells
+    assert first.source.startswith("# ") and first.source.count("**Claim.**") == 1
+    spoken = {name for cell in cells for name in re.findall(r"\bsi\.([a-zA-Z]\w*)", cell.source)}
+    assert not {name for name in spoken if not hasattr(si, name)}
+    links = {link for cell in cells if cell.cell_type == "markdown" for link in LINK.findall(cell.source)}
+    assert not {link for link in links if "://" not in link and not (NOTEBOOKS / link).exists()}
+
+
+@pytest.mark.parametrize("stem", ["01_quickstart", "02_train", "05_edges_and_weights", "07_released_models"])
+def test_the_code_of_a_notebook_is_public_names(stem):
+    tree = ast.parse(code_of(NOTEBOOKS / f"{stem}.ipynb"))
+    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [line for line in imports if "sparse_interp" in line] == ["import sparse_interp as si"]
 
 
 def test_the_transformer_lens_notebook_asks_this_library_for_a_model_and_nothing_else():
