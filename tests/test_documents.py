@@ -129,8 +129,12 @@ def stand_in(tmp_path_factory) -> Path:
     return model.save(folder, bundled=True, card=card, validation=text, means=si.mean_activations(model, text))
 
 
+ON_BUNDLED_MODELS = {"bridges"}
+"""Pages whose code belongs to the bundled models and no others."""
+
+
 @pytest.fixture
-def in_no_time(stand_in, tmp_path, monkeypatch) -> Iterator[None]:
+def in_no_time(request, stand_in, tmp_path, monkeypatch) -> Iterator[None]:
     """Searches, surveys and audits of next to nothing, on the stand-in, in a folder of their own."""
     import sparse_interp as si
     from sparse_interp.model import zoo
@@ -139,7 +143,8 @@ def in_no_time(stand_in, tmp_path, monkeypatch) -> Iterator[None]:
         function: Callable[..., Any] = getattr(si, name)
         monkeypatch.setattr(si, name, lambda *args, **kwargs: function(*args, **kwargs | fixed))
 
-    monkeypatch.setattr(zoo, "_bundled", lambda: {"stdlib-small": stand_in})
+    if request.node.callspec.params["page"].stem not in ON_BUNDLED_MODELS:
+        monkeypatch.setattr(zoo, "_bundled", lambda: {"stdlib-small": stand_in})
     monkeypatch.setattr(si, "PruneConfig", partial(si.PruneConfig, **LITTLE))
     monkeypatch.setattr("sparse_interp.faithfulness.audit.add_tests", lambda *_: None)  # README's own audit has them
     always("find_circuit", progress=False)
