@@ -21,9 +21,6 @@ import sparse_interp
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
 
-KEPT = ("bridges", "circuit_page", "gallery")
-"""Pages that have their place in the table of contents before they are written."""
-
 # Modules whose classes are pieces of `Circuit` and of `HookedSparseTransformer`, which are one class to a reader.
 PARTS = (
     *(f"sparse_interp.circuit.{part}" for part in ("pictures", "files", "exports", "comparison", "compact")),
@@ -88,11 +85,6 @@ def copy_notebooks(app: Sphinx) -> None:
 def lead_to_their_pages(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to notebooks, and to README, lead to their pages here."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/").replace("](../README.md", "](index.md")
-    if page == "index":
-        lines = source[0].splitlines(keepends=True)
-        source[0] = "".join(
-            line for line in lines if line.strip() not in KEPT or (HERE / f"{line.strip()}.md").exists()
-        )
 
 
 def read_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

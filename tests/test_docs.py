@@ -17,7 +17,7 @@ import sparse_interp as si
 
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
-HOSTS = {"arxiv.org", "github.com", "www.sphinx-doc.org", "pradyunsg.me"}
+HOSTS = {"arxiv.org", "d3js.org", "github.com", "www.sphinx-doc.org", "pradyunsg.me"}
 """Where links may lead that are not checked, for want of a network; `make docs-links` asks each."""
 MADE_BY_SPHINX = {"genindex.html", "py-modindex.html", "search.html", "_modules/index.html"}
 
