@@ -95,6 +95,9 @@ class Table:
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns that every table of this class has; it may have more."""
 
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Table.__repr__  # in the class's own dictionary, or its dataclass would write another
+
     def __post_init__(self) -> None:
         missing = [column for column in self.columns if column not in self.frame.columns]
         if missing:

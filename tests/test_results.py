@@ -57,6 +57,14 @@ def test_tables_are_equal_when_class_and_rows_are():
     assert Losses(FRAME) != Table(FRAME)
 
 
+def test_a_terminal_shows_what_a_subclass_holds_and_not_how_it_is_made():
+    @dataclass(frozen=True, eq=False)
+    class Losses(Table):
+        columns = ()
+
+    assert repr(Losses(FRAME)).startswith(f"Losses of {len(FRAME)} rows\n") and "frame=" not in repr(Losses(FRAME))
+
+
 def test_a_table_in_a_notebook_escapes_its_text():
     html = Table(FRAME)._repr_html_()
     assert "a&lt;b" in html
