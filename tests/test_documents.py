@@ -152,7 +152,8 @@ def in_no_time(request, stand_in, tmp_path, monkeypatch) -> Iterator[None]:
     always("audit", level="quick", n_prompts=8, n_random=2, progress=False)
     always("adversarial_inputs", n_pairs=4)
     survey = si.score_tasks
-    monkeypatch.setattr(si, "score_tasks", lambda model, tasks=("for_while",), **k: survey(model, tasks, **k))
+    few = {"n_prompts": 2}
+    monkeypatch.setattr(si, "score_tasks", lambda model, tasks=("for_while",), **k: survey(model, tasks, **few | k))
     always("search_circuits", n_trials=2, progress=False)
     always("rivals", n_seeds=2, n_pairs=8, progress=False)
     always("patch_nodes", sites=("neuron",), progress=False)
