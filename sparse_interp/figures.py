@@ -376,7 +376,7 @@ def bridges(rows: pd.DataFrame, said: Mapping[str, Any]) -> Drawn:
     variants = list(dict.fromkeys(frame.bridge))
     sites = list(dict.fromkeys(frame["where"][frame["measure"] != "agreement"]))
     tasks = list(dict.fromkeys(frame["where"][frame["measure"] == "agreement"]))
-    axes = panels(1, 3, width=11.0, height=1.6 + 0.34 * max(len(sites), len(tasks)))
+    axes = panels(1, 3, width=10.0, height=1.6 + 0.34 * max(len(sites), len(tasks)))
     for ax, (measure, label) in zip(axes, ways.items(), strict=True):
         names = tasks if measure == "agreement" else sites
         for i, variant in enumerate(variants):
@@ -413,6 +413,7 @@ def steering(rows: pd.DataFrame, said: Mapping[str, Any]) -> Drawn:
     numbers = ("value", "change", "low", "high", "n_prompts", "unit")
     frame = checked(rows, "bridges_steering", numbers, ("example", "node", "direction"), gaps=WHISKERS)
     frame = frame.assign(times=(frame.value / frame.unit).map(lambda times: float(f"{times:.4g}")))
+    frame = frame[~frame.direction.str.contains(" less ")]
     frame = frame[["example", "node", "direction", "times", "change", "low", "high", "n_prompts"]]
     examples = list(dict.fromkeys(frame.example))
     n_columns = min(2, len(examples))

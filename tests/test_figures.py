@@ -120,9 +120,9 @@ def bridged() -> pd.DataFrame:
 def steered() -> pd.DataFrame:
     rows = []
     for example in ("quote", "quote, back", "return"):
-        for i, direction in enumerate(("feature", "difference of means", "random, mean")):
+        for i, direction in enumerate(("feature", "difference of means", "random, mean", "feature less other")):
             for value in (1.0, 2.0, 4.0):
-                change = 0.01 * value * (3 - i)
+                change = 0.01 * value * (3 - i) if i < 3 else -0.777
                 low, high = (np.nan, np.nan) if i == 2 else (change - 0.004, change + 0.006)
                 named = {"example": example, "n_prompts": 21, "unit": 0.5, "node": "L1.v.3", "direction": direction}
                 rows.append(named | {"value": value, "change": change, "low": low, "high": high})
@@ -337,6 +337,12 @@ def test_a_control_of_a_full_audit_stands_beside_the_study_and_replaces_nothing_
     more = frame[frame.source == "full audit"]
     assert more[["task", "twin", "found", "nodes"]].values.tolist() == [[TASKS[0], "reinitialised", True, 70.0]]
     assert len(frame) == len(study()) + 1
+
+
+def test_a_difference_of_two_is_no_variant_and_no_direction(results):
+    for name, column, value in (("bridges", "value", -0.77), ("steering", "change", -0.777)):
+        drawn = FIGURES[name].draw(results)
+        assert value not in set(drawn.frame[column]) and value not in numbers_drawn(drawn.ax.figure)
 
 
 def test_an_unknown_figure_is_refused_before_anything_is_drawn(tmp_path):
