@@ -9,7 +9,6 @@ are stopped; they are scripts of the repository's folder `benchmarks`, which the
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -322,13 +321,16 @@ CSV and its caption. `sparse-interp figures --from-scratch` makes the tables ane
 
 
 def write_page(outcomes: Sequence[Outcome], out: Path, page: Path) -> None:
-    """A page of figures with captions, their pixels copied from `out` to `figures` beside it."""
+    """A page of figures with captions, their pixels copied from `out` to `figures` beside it, in 64 colours."""
+    from PIL import Image
+
     parts = [PAGE]
     for outcome in outcomes:
         title = outcome.name.replace("_", " ").capitalize()
         picture = page.parent / "figures" / f"{outcome.name}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / picture.name, picture)
+        with Image.open(out / picture.name) as pixels:
+            pixels.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(picture, optimize=True)
         drawn = f"![{title}](figures/{picture.name})"
         parts.append(f"## {title}\n\n{drawn}\n\n{outcome.caption}\n\n{origin(outcome.name)}\n")
     write_whole(page, "\n".join(parts))

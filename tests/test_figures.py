@@ -357,7 +357,7 @@ def test_a_page_shows_what_was_drawn(results, tmp_path):
     text = (tmp_path / "docs" / "gallery.md").read_text()
     assert outcomes[0].caption in text and "![Density and size](figures/density_and_size.png)" in text
     copy = tmp_path / "docs" / "figures" / "density_and_size.png"
-    assert copy.read_bytes() == (tmp_path / "out" / "density_and_size.png").read_bytes()
+    assert 0 < copy.stat().st_size < (tmp_path / "out" / "density_and_size.png").stat().st_size
 
 
 def test_the_gallery_of_the_documentation_has_every_figure_small_and_with_its_caption():
