@@ -178,8 +178,14 @@ def _density_and_size(results: Path) -> Drawn:
     return figures.density_and_size(read(results, "density_and_size.json")[0])
 
 
+def _of_sparse(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the sparse model; of the dense twin only some tasks have been searched so far."""
+    _, dense = MODEL_WORDS
+    return frame[frame.model != dense] if "model" in frame else frame
+
+
 def _circuit_size(results: Path) -> Drawn:
-    return figures.circuit_size(read(results, "size_curves.csv")[0])
+    return figures.circuit_size(_of_sparse(read(results, "size_curves.csv")[0]))
 
 
 def _frontier(results: Path) -> Drawn:
@@ -194,7 +200,8 @@ def _necessity_and_sufficiency(results: Path) -> Drawn:
 
 
 def _audit_gap(results: Path) -> Drawn:
-    return figures.audit_gap(read(results, "faithful_pruning.csv")[0], read(results, "audits.csv")[0])
+    study, audits = (_of_sparse(read(results, name)[0]) for name in ("faithful_pruning.csv", "audits.csv"))
+    return figures.audit_gap(study, audits)
 
 
 def _recovery_board(results: Path) -> Drawn:
