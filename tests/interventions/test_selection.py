@@ -154,6 +154,8 @@ def test_the_few_that_are_needed_together_are_found_among_many_in_few_trials(nee
 
     assert needed_among(range(100), good) == sorted(needed)
     assert len(trials) <= 2 + 2 * len(needed) * 8
+    searched = [frozenset(some) for some in trials[:-1]]  # the last one checks what was found
+    assert len(set(searched)) == len(searched), "nothing is tried twice"
 
 
 def test_of_several_that_do_one_earlier_ones_are_preferred_and_none_is_spare():
