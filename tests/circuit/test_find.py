@@ -62,6 +62,13 @@ def test_nodes_that_change_nothing_alone_stay_where_the_rule_needs_them_together
     assert searched(truth).node_set == truth.nodes
 
 
+def test_nodes_that_change_nothing_alone_all_stay_where_no_few_of_them_are_found_to_be_enough(monkeypatch):
+    truth = ground_truth("attention_copy")
+    monkeypatch.setattr("sparse_interp.circuit.find.NO_EFFECT_NATS", float("inf"))
+    monkeypatch.setattr("sparse_interp.circuit.find.needed_among", lambda items, good: None)
+    assert searched(truth).node_set == truth.nodes
+
+
 @pytest.mark.parametrize(
     "options",
     [
