@@ -332,6 +332,15 @@ def test_a_size_is_the_smallest_that_reaches_the_target_and_the_curve_never_rise
     assert (rows.sort_values("target_nats").nodes.diff().dropna() <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "made"), [("circuit_size", "size_curves", curves), ("audit_gap", "faithful_pruning", study)]
+)
+def test_searches_of_the_dense_twin_are_left_out_where_a_figure_is_of_the_sparse_model(name, file, made, tmp_path):
+    both = pd.concat([made(), made().assign(model=MODELS[1])])
+    frame = FIGURES[name].draw(written(tmp_path, **{file: both})).frame
+    assert set(frame.model) == {MODELS[0]} and len(frame) > 0
+
+
 def test_a_control_of_a_full_audit_stands_beside_the_study_and_replaces_nothing_of_it(results):
     frame = FIGURES["audit_gap"].draw(results).frame
     more = frame[frame.source == "full audit"]
