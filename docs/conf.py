@@ -68,16 +68,20 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def copy_notebooks(app: Sphinx) -> None:
-    """Notebooks beside the pages, where Sphinx looks for them, each with the word that its code is Python."""
-    folder = HERE / "notebooks"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.ipynb"):
-        if not (NOTEBOOKS / old.name).exists():
-            old.unlink()
+    """Notebooks, which say now that their code is Python, and their log beside the pages, where Sphinx looks."""
+    copies = {}
     for path in NOTEBOOKS.glob("*.ipynb"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         notebook["metadata"] |= {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-        copy, text = folder / path.name, json.dumps(notebook)
+        copies[path.name] = json.dumps(notebook)
+    copies["LOG.md"] = (NOTEBOOKS / "LOG.md").read_text(encoding="utf-8").replace("](../docs/", "](../")
+    folder = HERE / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if old.name not in copies:
+            old.unlink()
+    for name, text in copies.items():
+        copy = folder / name
         if not copy.exists() or copy.read_text(encoding="utf-8") != text:  # one that is the same is not read again
             copy.write_text(text, encoding="utf-8")
 
