@@ -7,7 +7,8 @@
 A *cell* is one search: a model, a task, a twin of it, a setting, a seed. Models are hand-built and planted ones, whose
 circuit is known, and the bundled ones, on the tasks that they solve. Twins (faithfulness/controls.py): `real`;
 `nonsense`, labels and answers re-paired by an irrelevant remark; `reinitialised`, the network's weights drawn anew.
-What a search finds is measured on pairs of the test and the shifted split, which no search has seen.
+What a search finds is measured on pairs of the test and the shifted split, which no search has seen, and on bundled
+models audited (`si.audit`, level quick).
 
 Every cell is a file of its own in `--cells`, which appears whole or not at all, so that a study that was interrupted
 goes on, and several processes (`--jobs`, or this command started again) share one: each takes the next cell that is
@@ -55,6 +56,7 @@ from sparse_interp.faithfulness.inside import agreement_inside
 from sparse_interp.faithfulness.partial import partial_ablation
 from sparse_interp.faithfulness.planted_cases import planted_cases
 from sparse_interp.faithfulness.scores import prompt_scores
+from sparse_interp.faithfulness.thresholds import FOUR, MINIMAL
 from sparse_interp.interventions.answers import Teacher
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.pruning import GateSearch, learn_gates
@@ -102,6 +104,9 @@ SPOKEN = (f"{WORDS['train'][0]} ", f"{WORDS['train'][1]} ")
 """Remarks to hand-built models, which know no others: words that no answer depends on."""
 
 SPLITS = ("test", "shifted")
+AUDITED = {f"audit_{about.replace(' ', '_')}": about for about in FOUR}
+"""Columns of the four things that a verdict rests on."""
+
 N_PAIRS, N_FEWER = 128, 64
 """Pairs on which a circuit is measured; and of them those on which rankings and adversaries are."""
 
@@ -366,10 +371,19 @@ def inside(subject: Subject, circuit: Circuit, seed: int) -> dict[str, float]:
     return {"activations_error": table.activations.mean, "patterns_distance": table.patterns.mean}
 
 
+def audited(subject: Subject, circuit: Circuit, seed: int) -> dict[str, Any]:
+    """Which of the four things that a verdict rests on the circuit keeps, as far as the quick audit asks."""
+    generator = torch.Generator().manual_seed(seed + 4)
+    table = si.audit(subject.model, circuit, subject.task, generator=generator, progress=False)
+    kept = table.four.frame.set_index("about").passed
+    idle = table.frame[(table.frame.about == MINIMAL) & table.frame.decides].value
+    return {name: kept[about] for name, about in AUDITED.items()} | {"audit_idle_share": float(idle.max())}
+
+
 class Measure(NamedTuple):
     """Something to be measured of a circuit, and of which cells."""
 
-    of: Callable[[Subject, Circuit, int], dict[str, float]]
+    of: Callable[[Subject, Circuit, int], dict[str, Any]]
     applies: Callable[[Cell], bool]
 
 
@@ -378,6 +392,9 @@ MEASURES = {
     "key": Measure(against_key, lambda cell: cell.twin == "real" and cell.kind != "bundled"),
     "inside": Measure(inside, lambda cell: cell.twin == "real"),
     "partial": Measure(partly_ablated, lambda cell: cell.twin == "real"),
+    "audit": Measure(
+        audited, lambda cell: (cell.kind, cell.twin, cell.seed) == ("bundled", "real", 0) and cell.setting in MAIN
+    ),
 }
 """Under these names in a cell's file; what is added here is measured of circuits that are there, without a search."""
 
@@ -510,7 +527,7 @@ MEASURED = (
     "edges",
     *("test_kl_nats", "shifted_kl_nats", "test_loss_circuit_nats", "test_loss_model_nats", "test_argmax_agreement"),
     *("expected_kl_nats", "worst_kl_nats", "worst_loss_gap_nats", "activations_error", "patterns_distance"),
-    *("key_f1", "key_exact"),
+    *("key_f1", "key_exact", "audit_idle_share", *AUDITED),
 )
 """Columns that `by_setting` sums up; a table in which no search found a circuit has none of them."""
 
@@ -548,6 +565,9 @@ def by_setting(frame: pd.DataFrame) -> pd.DataFrame:
             "gap": here.median(),
             "gap_enough": int((here >= ENOUGH).sum()),
         }
+        audits = cells[cells.audit_idle_share.notna()]
+        row |= {"audits": len(audits), "audit_idle_share": audits.audit_idle_share.mean()}
+        row |= {name: int((audits[name] == True).sum()) for name in AUDITED}  # noqa: E712 - None is neither
         row |= {"key_f1": math.nan, "key_exact": math.nan}
         if kind != "bundled":
             exact = cells.key_exact.fillna(False).astype(bool)
@@ -598,6 +618,7 @@ def said(settings: pd.DataFrame, gap: pd.DataFrame, beside: pd.DataFrame) -> lis
         sentences += [_said_of_losses(kind, row) for row in here[here.setting.isin(MAIN[:2])].itertuples()]
         compared = beside[(beside.kind == kind) & beside.setting.isin(MAIN)]
         sentences += [_said_beside(kind, row) for row in compared.itertuples()]
+        sentences += [_said_of_audits(kind, row) for row in here[here.audits > 0].itertuples()]
     return [*sentences, chosen(settings, beside)]
 
 
@@ -660,6 +681,14 @@ def _said_beside(kind: str, row: Any) -> str:
         f"On the same {row.tasks} {kind} tasks, {row.setting} has {row.nodes_ratio:.3g} times the nodes of "
         f"{DEFAULT} and takes {row.search_seconds_ratio:.3g} times as long; the worst partial ablation leaves its "
         f"circuits {row.worst_kl_nats:.3g} nats from their model, those of {DEFAULT} {row.worst_kl_nats_default:.3g}."
+    )
+
+
+def _said_of_audits(kind: str, row: Any) -> str:
+    kept = ", ".join(f"{about} {getattr(row, name)}" for name, about in AUDITED.items())
+    return (
+        f"Of {row.audits} {kind} circuits searched for {row.setting}, so many keep the quick audit's bounds: {kept}; "
+        f"{row.audit_idle_share:.0%} of their nodes are not told from random extra ones."
     )
 
 

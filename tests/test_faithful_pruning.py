@@ -178,7 +178,7 @@ def test_the_plan_counts_cells_and_what_is_left_costs_what_its_like_has_cost(stu
 def row(study, twin, task, nodes):
     kept = {"kind": "bundled", "model": "m", "task": task, "twin": twin, "setting": "s", "seed": 0, "nodes": nodes}
     kept |= {"best_kl_nats": 0.1, "edges": nodes, "found": nodes is not None, "search_seconds": 1.0}
-    measured = [name for name in study.MEASURED if not name.startswith("key")]
+    measured = [name for name in study.MEASURED if not name.startswith(("key", "audit"))]
     return kept | dict.fromkeys(measured, 0.5) | {f"nodes_at_kl_{b}": nodes for b in ("0.1", "0.2", "0.5", "1")}
 
 
@@ -266,6 +266,22 @@ def test_the_main_settings_are_told_beside_the_default(study, two_settings):
         f"On the same 2 bundled tasks, {other} has 0.354 times the nodes of agreement and takes 1 times as long; the "
         "worst partial ablation leaves its circuits 1.5 nats from their model, those of agreement 0.5.",
     ]
+
+
+def test_what_audits_say_is_counted_over_the_circuits_that_were_audited(study, two_settings):
+    audits = {"agreement": [True, True, False], "worst_case": [None] * 3, "gap_to_controls": True, "minimality": False}
+    for about, passed in audits.items():
+        two_settings[f"audit_{about}"] = None
+        two_settings.loc[:2, f"audit_{about}"] = passed
+    two_settings.loc[:2, "audit_idle_share"] = [0.2, 0.4, None]
+    settings = study.by_setting(two_settings)
+    (sentence,) = [
+        s for s in study.said(settings, study.gaps(two_settings), study.beside_default(two_settings)) if "audit" in s
+    ]
+    assert sentence == (
+        "Of 2 bundled circuits searched for agreement, so many keep the quick audit's bounds: agreement 2, worst case "
+        "0, gap to controls 2, minimality 0; 30% of their nodes are not told from random extra ones."
+    )
 
 
 @pytest.mark.parametrize(
