@@ -10,6 +10,7 @@ Where a search ends depends on rounding, so on the processor. A cell whose outpu
 as `"tolerance"`: the share by which its numbers may be off, or null, and then only what kinds of output it has counts.
 """
 
+import argparse
 import base64
 import os
 import re
@@ -131,9 +132,14 @@ def _png_size(encoded: str) -> tuple[int, int]:
     return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
 
 
-def main(names: list[str]) -> int:
+def main(given: list[str]) -> int:
     """Write anew what differs; 0 unless a cell raises."""
-    for path in [Path(name) for name in names] or notebooks():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebook", nargs="*", type=Path)
+    paths = parser.parse_args(given).notebook or notebooks()
+    if absent := [str(path) for path in paths if not path.is_file()]:
+        parser.error(f"there is no notebook {', '.join(absent)}; there are {', '.join(p.name for p in notebooks())}")
+    for path in paths:
         try:
             now = executed(path)
         except CellExecutionError as error:

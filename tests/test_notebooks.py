@@ -159,3 +159,9 @@ def test_what_carries_a_script_is_compared_by_its_size(run, shown):
     for text, n_found in (("b" * 1000, 0), ("b" * 900, 1)):
         now.cells[0].outputs[0].text = "<script>" + text
         assert len(run.differences(shown, now)) == n_found
+
+
+def test_a_notebook_that_is_not_there_is_named_before_any_other_runs(run, capsys):
+    with pytest.raises(SystemExit):
+        run.main([str(NOTEBOOKS / "01_quickstart.ipynb"), "9_nowhere.ipynb"])
+    assert "no notebook 9_nowhere.ipynb; there are 01_quickstart.ipynb, " in capsys.readouterr().err
