@@ -35,7 +35,7 @@ def report(
     pairs = task.batch(64, split="test", generator=generator)
     parts = [
         f"# The circuit of {circuit.model_name} for {task.name}",
-        f"**Verdict of the audit: {_escaped(audit.verdict)}.**",
+        f"**Verdict of the audit (level {audit.origin.get('level', 'unknown')}): {_escaped(audit.verdict)}.**",
         f"The {_escaped(audit.headline)}.",
         _summary(circuit, audit),
         "## The behaviour",

@@ -173,6 +173,7 @@ class AuditTable(Table):
         return PageAudit(
             verdict=self.verdict,
             passed=self.passed,
+            level=self.origin.get("level", ""),
             rows=rows,
             headline=self.headline,
             questions=[PageQuestion(**row) for row in self.four.frame.to_dict("records")],

@@ -1,23 +1,29 @@
 // The audit: a strip that nobody reads the graph without passing, and a tab with every measurement.
 
 const OUTCOMES = new Map([[true, ["pass", "✓", "pass"]], [false, ["fail", "✕", "fail"]], [null, ["open", "–", "not judged"]]]);
+const LEVELS = { quick: "A quick audit: nothing was searched for anew, so controls that need a search were not run.",
+  full: "A full audit: controls were searched for as the circuit was." };
 
 /** The strip under the heading. */
 function showVerdict(strip, tab, audit, openAudit) {
   const counts = auditCounts(audit);
   const kind = audit === null ? "missing" : OUTCOMES.get(audit.passed)[0];
-  const words = { missing: "Audit missing", pass: "Audit passed", fail: "Audit failed", open: "Audit without a verdict" }[kind];
   const failed = counts.judged - counts.passed;
   strip.className = `verdict is-${kind}`;
   strip.replaceChildren(...[
     el("span", { className: "mark", "aria-hidden": "true" }, { missing: "!", pass: "✓", fail: "✕", open: "–" }[kind]),
-    el("strong", {}, words),
+    el("strong", {}, audit === null ? "Audit missing" : capital(outcomeOf(audit))),
     el("span", { className: "words" }, audit === null
       ? "Nobody has measured whether this circuit does what the model does. Read the graph as a guess." : audit.verdict),
     failed ? el("span", { className: "badge is-fail" }, `${plural(failed, "check")} failed`) : null,
     el("button", { type: "button", className: "quiet", onclick: openAudit }, "See the audit")].filter(Boolean));
   tab.replaceChildren("Audit ", el("span", { className: `badge is-${kind === "pass" && failed ? "fail" : kind}` },
     audit === null ? "missing" : `${counts.passed} of ${counts.judged} passed`));
+}
+
+/** What came of an audit, with the level that it was made at. */
+function outcomeOf({ level, passed }) {
+  return [level, "audit", passed === null ? "without a verdict" : passed ? "passed" : "failed"].filter(Boolean).join(" ");
 }
 
 function auditCounts(audit) {
@@ -42,7 +48,7 @@ function showAudit(view, audit) {
   };
   show(0);
   view.replaceChildren(el("div", { className: "paper" },
-    el("h2", {}, "What this circuit is worth"), verdictLead(audit),
+    el("h2", {}, "What this circuit is worth"), LEVELS[audit.level] ? el("p", { className: "hint" }, LEVELS[audit.level]) : null, verdictLead(audit),
     audit.headline ? el("p", { className: "lead" }, `${capital(audit.headline)}.`) : null,
     audit.questions.length ? el("ul", { className: "questions" }, ...audit.questions.map((one) => question(one, audit.rows))) : null,
     el("div", { className: "filters" }, choiceOf("Which rows", kinds.map(([name]) => name), show), count),

@@ -15,7 +15,7 @@ function showCompare(view, data, { follow }) {
   function side(one, i, said) {
     const stage = el("div", { className: "stage" });
     const kind = one.data.audit === null ? "missing" : OUTCOMES.get(one.data.audit.passed)[0];
-    const word = { missing: "! not audited", pass: "✓ audit passed", fail: "✕ audit failed", open: "– audit without a verdict" }[kind];
+    const word = one.data.audit === null ? "! not audited" : `${OUTCOMES.get(one.data.audit.passed)[1]} ${outcomeOf(one.data.audit)}`;
     const holder = el("section", { className: "side", "aria-label": one.data.title }, el("h2", {}, i === 0 ? `This: ${one.data.title}` : `Other: ${one.data.title}`),
       el("p", { className: "hint" }, [one.data.model, one.data.task].filter(Boolean).join(" · "), " ", el("span", { className: `badge is-${kind}` }, word)), stage);
     const tell = (vertex) => {
@@ -52,7 +52,9 @@ function countTable(model, other, same) {
 
 function summaryTable(model, other) {
   const [ours, theirs] = [model, other].map((one) => new Map(one.data.summary));
-  const audits = [model, other].map((one) => (one.data.audit === null ? "missing" : one.data.audit.verdict));
+  const audits = [model, other].map((one) => one.data.audit);
   const rows = [...new Set([...ours.keys(), ...theirs.keys()])].map((name) => [name, ours.get(name) ?? null, theirs.get(name) ?? null]);
-  return { title: "What was measured", columns: ["what", "this", "other"], rows: [...rows, ["audit", ...audits]], note: "" };
+  return { title: "What was measured", columns: ["what", "this", "other"], rows: [...rows,
+    ["audit", ...audits.map((audit) => (audit === null ? "missing" : outcomeOf(audit)))],
+    ["verdict", ...audits.map((audit) => (audit === null ? null : audit.verdict))]], note: "" };
 }

@@ -348,6 +348,9 @@ class PageAudit:
     passed: bool | None
     """Whether the circuit passed; None when the audit reached no verdict."""
 
+    level: str = ""
+    """How thorough it was: "quick" or "full"; nothing where nobody knows."""
+
     rows: Sequence[PageAuditRow] = ()
     """Every measurement, controls beside claims."""
 

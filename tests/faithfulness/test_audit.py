@@ -388,6 +388,7 @@ def test_the_page_takes_every_row():
     table = audit_of("quote", "less one")
     page = table.on_page()
     assert len(page.rows) == len(table) and (page.verdict, page.passed) == (table.verdict, table.passed)
+    assert page.level == table.origin["level"] == "quick"
     absent = [row for row in page.rows if row.note.startswith("not run")]
     assert absent and all(row.value is None for row in absent)
     assert page.rows[0].measure == "accuracy gap (share)" and page.rows[0].n == 32

@@ -981,3 +981,23 @@ def test_the_audit_says_what_its_verdict_rests_on(show, passed, words):
     assert "loss, circuit" in card and "1.25 95 % interval 0.75 to 1.5 · n = 64 · test" in card and "at most 2" in card
     tab.js("[...document.querySelectorAll('.filters button')].find((b) => b.innerText === 'Not run').click()")
     assert tab.js("document.querySelectorAll('.audit .outcome').length") == 1
+
+
+@pytest.mark.parametrize(
+    ("level", "outcome", "means"),
+    [("quick", "Quick audit failed", "controls that need a search were not run"),
+     ("full", "Full audit failed", "controls were searched for as the circuit was"),
+     ("", "Audit failed", None)],
+)  # fmt: skip
+def test_the_level_of_the_audit_stands_beside_its_verdict(show, level, outcome, means):
+    audit = replace(some_audit(), level=level)
+    tab = show(replace(small_page(), audit=audit, other=replace(small_page(), audit=replace(audit, passed=True))))
+    assert text_of(tab, "#verdict strong") == outcome
+    tab.click("#tab-audit")
+    head = text_of(tab, "#view-audit").split("\n\n")[:2]
+    assert head[0] == "What this circuit is worth"
+    assert means in head[1] if means else "audit" not in head[1].lower()
+    tab.click("#tab-compare")
+    sides = tab.js("[...document.querySelectorAll('.side .badge')].map((badge) => badge.innerText)")
+    assert sides == [f"✕ {outcome.lower()}", f"✓ {outcome.lower().replace('failed', 'passed')}"]
+    assert outcome.lower() in text_of(tab, "#view-compare .paper")
