@@ -32,6 +32,7 @@ from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.config import Shape
 from sparse_interp.model.dense import AnyModel
 from sparse_interp.model.sites import NODE_SITES, Node, NodeValues, Place, check_nodes
+from sparse_interp.model.tensor_files import read_record
 from sparse_interp.results import Table
 from sparse_interp.tasks.task import Task
 from sparse_interp.tokenizer import tokenizer_hash
@@ -282,16 +283,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not file.is_file():
             raise CircuitError(f"{file} is missing; name the .json file that circuit.save wrote, tensors beside it.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        raw = beside.read_bytes()
-    except (ValueError, OSError) as error:
-        raise CircuitError(f"{path} cannot be read ({error}); save the circuit again.") from error
-    found = record.get("format_version") if isinstance(record, dict) else None
-    if found != FORMAT_VERSION:
-        raise CircuitError(
-            f"{path} has format version {found}, and this library reads version {FORMAT_VERSION}; "
-            "load it with the library version that saved it, or find the circuit again."
-        )
+        record, raw = read_record(path, FORMAT_VERSION, "find the circuit again"), beside.read_bytes()
+    except OSError as error:  # a CheckpointError is one too
+        raise CircuitError(str(error)) from error
     if record.get("sha256") != _record_sha256(record):
         raise CircuitError(f"{path} is not what was saved: its sha256 is not the one that it states. Save it again.")
     if record.get("tensors_sha256") != hashlib.sha256(raw).hexdigest():

@@ -16,7 +16,7 @@ from sparse_interp.errors import CheckpointError
 from sparse_interp.faithfulness.answer_key import GroundTruth, Key
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.sites import Node, check_nodes
-from sparse_interp.model.tensor_files import read_json
+from sparse_interp.model.tensor_files import read_record
 from sparse_interp.model.transformer import HookedSparseTransformer
 from sparse_interp.tasks.task import Task
 from sparse_interp.tasks.templates import Template, TemplateFile
@@ -55,12 +55,7 @@ def load_truth(folder: Path | str) -> GroundTruth:
         CheckpointError: if a file is missing or damaged, or the key belongs to other weights.
     """
     path = Path(folder) / ANSWER_KEY
-    record = read_json(path)
-    if record.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {record.get('format_version')}, and this library reads {FORMAT_VERSION}; load "
-            "it with the version that saved it."
-        )
+    record = read_record(path, FORMAT_VERSION, "save it again")
     if record.pop("sha256", None) != _sum(record):
         raise CheckpointError(f"{path} is not what was saved: its sha256 is not the one that it states. Restore it.")
     model = HookedSparseTransformer.from_pretrained(Path(folder)).eval()

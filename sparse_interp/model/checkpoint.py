@@ -37,7 +37,7 @@ from sparse_interp.errors import CheckpointError, ConfigError, TokenizerError
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.load_report import LoadReport, rows_of
 from sparse_interp.model.sites import NodeValues, Place
-from sparse_interp.model.tensor_files import own_bytes, read_own
+from sparse_interp.model.tensor_files import own_bytes, read_own, read_record
 from sparse_interp.tokenizer import load_bigram_table, load_tokenizer, save_tokenizer, tokenizer_hash
 
 FORMAT_VERSION = 1
@@ -192,16 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no model: {CONFIG} is missing. Name a folder that `model.save` wrote.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); fetch or save the model again.") from error
-    found = config.get("format_version") if isinstance(config, dict) else None
-    if found != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {found}, and this library reads version {FORMAT_VERSION}; "
-            "load it with the library version that saved it, or save it again."
-        )
+    config = read_record(path, FORMAT_VERSION, "save the model again")
     known = ("format_version", "library_version", "model", "tokenizer", "bigram_table", "weights_sha256")
     for key in config:
         if key not in known:

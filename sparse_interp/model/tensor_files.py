@@ -356,3 +356,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__} and not a JSON object; {_DAMAGED}.")
     return found
+
+
+def read_record(path: Path, version: int, again: str) -> dict[str, Any]:
+    """What a JSON file of ours says, if it has format `version`; `again` is how to come by another one.
+
+    Raises:
+        CheckpointError: if the file is missing, cannot be read, or has another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; restore it, or {again}.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it, or {again}.") from error
+    found = record.get("format_version") if isinstance(record, dict) else None
+    if found != version:
+        raise CheckpointError(
+            f"{path} has format version {found}, and this library reads version {version}; "
+            f"load it with the library version that saved it, or {again}."
+        )
+    return record

@@ -17,6 +17,7 @@ from sparse_interp.model.tensor_files import (
     own_bytes,
     read_json,
     read_own,
+    read_record,
     safetensors_source,
     sharded_source,
 )
@@ -284,3 +285,28 @@ def test_a_file_of_many_megabytes_is_no_configuration(tmp_path):
     (tmp_path / "f.json").write_bytes(b" " * (2**24 + 1))
     with pytest.raises(CheckpointError, match="16777217 bytes, which is no configuration"):
         read_json(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "is missing; restore it, or train it again"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1]", "has format version None"),
+        ("{}", "has format version None"),
+        ('{"format_version": 2}', "has format version 2, and this library reads version 1; .* or train it again"),
+    ],
+)
+def test_a_record_of_another_format_is_refused(tmp_path, text, words):
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CheckpointError, match=f"record.json {words}"):
+        read_record(path, 1, "train it again")
+
+
+def test_a_record_of_the_right_format_is_read_whole(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"format_version": 3, "more": [1]}')
+    assert read_record(path, 3, "train it again") == {"format_version": 3, "more": [1]}
