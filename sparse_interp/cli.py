@@ -390,7 +390,7 @@ def _say_bridged(folder: Path, as_json: bool) -> None:
         print(json.dumps({"bridge": str(folder)} | card, indent=1))
         return
     rows = [{"pair": pair} | losses for pair, losses in card["held_out_by_pair"].items()]
-    print(f"{folder}: NMSE of encoded and decoded streams, KL of models entered (nats per token)")
+    print(f"{folder}: NMSE of encoded and decoded streams, KL of models entered (nats per token), changes not carried")
     print(Table(pd.DataFrame(rows, columns=["pair", *PAIR_LOSSES])))
 
 

@@ -4,8 +4,9 @@
          + sum over pairs of  encode_coef * NMSE(encode(dense), sparse)  +  decode_coef * NMSE(decode(sparse), dense)
          + sum over pairs of  enter_sparse_coef * KL(dense || sparse entered from encode(dense))
                             +  enter_dense_coef * KL(dense || dense entered from decode(sparse))
+                            +  interchange_coef * share of a change of channels that is not carried
 
-Gao et al. 2025 (arXiv 2511.13653); every loss is per token.
+Gao et al. 2025 (arXiv 2511.13653), but for the last (`bridges/interchange.py`); every loss is per token.
 """
 
 import json
@@ -64,6 +65,10 @@ class BridgeConfig:
 
     enter_dense_coef: float = 1.0
     """Coefficient of KL(dense || dense model entered from decoded sparse activations), nats per token."""
+
+    interchange_coef: float = 1.0
+    """Coefficient of the share of the sparse model's change, as some channels are exchanged between blocks of a batch,
+    that the dense model's is not (`bridges/interchange.py`)."""
 
     distillation_coef: float = 1.0
     """Coefficient of KL(dense || sparse), nats per token; counts where the sparse model is trained too."""
@@ -124,6 +129,11 @@ class BridgeConfig:
         for field in fields(self):
             if field.name.endswith("_coef") and getattr(self, field.name) < 0:
                 raise BridgeError(f"{field.name}={getattr(self, field.name)}; a loss counts at least 0.")
+        if self.interchange_coef > 0 and self.batch_size < 2:
+            raise BridgeError(
+                f"batch_size={self.batch_size} with interchange_coef={self.interchange_coef}: channels are exchanged "
+                "between blocks of a batch, and at least 2 are needed. Take more, or interchange_coef=0."
+            )
         if not 0 <= self.warmup_frac <= 1 or not all(0 <= beta < 1 for beta in self.betas):
             raise BridgeError(
                 f"warmup_frac={self.warmup_frac}, betas={self.betas}: a share of training in [0, 1] and two rates in "
@@ -159,7 +169,11 @@ class BridgeConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "BridgeConfig":
-        """Inverse of `to_dict`; an unknown key raises BridgeError, naming the nearest field."""
+        """Inverse of `to_dict`; an unknown key raises BridgeError, naming the nearest field.
+
+        A bridge of which nothing is said of interchanges was trained before there were any.
+        """
+        data = {"interchange_coef": 0.0} | data
         known = {field.name for field in fields(cls)}
         for key in data:
             if key not in known:

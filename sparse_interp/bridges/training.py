@@ -4,14 +4,16 @@ Per step, with h the streams of both models on one batch, and i running over the
 
     NMSE      encode(h_dense_i) to h_sparse_i, which stays as it is, and decode(h_sparse_i) to h_dense_i, at every pair
     KL        of the dense model to each model entered from the other's stream at i, at a few pairs in turn
+    change    of the sparse model as channels of h_sparse_i are exchanged between blocks: the share that the dense one's
+              is not if it is carried over (`bridges/interchange.py`), at the same pairs
     CE, KL    of the sparse model to the text and to the dense model, where the sparse model is trained too
 
-Gao et al. 2025 (arXiv 2511.13653); every loss is per token. A pass entered at i costs what lies behind i, so all pairs
-cost as the square of the depth. A step enters at `entries_per_step` of them, dealt like cards, and counts each
-n_pairs / entries_per_step times: the expected gradient is that of all. The dense model is never trained. Gradients of
-the bridge and of the sparse model that is trained with it are each divided by their own root mean square. Training
-begins from the ridge regressions between the streams of some of the text, and between models that stay as they are the
-maps take their steps in the coordinates of `bridges/coordinates.py`, with gradients as they are there.
+Gao et al. 2025 (arXiv 2511.13653), but for the changes; every loss is per token. A pass entered at i costs what lies
+behind i, so all pairs cost as the square of the depth. A step enters at `entries_per_step` of them, dealt like cards,
+and counts each n_pairs / entries_per_step times: the expected gradient is that of all. The dense model is never
+trained. Gradients of the bridge and of the sparse model that is trained with it are each divided by their own root mean
+square. Training begins from the ridge regressions between the streams of some of the text, and between models that stay
+as they are the maps take their steps in the coordinates of `bridges/coordinates.py`, with gradients as they are there.
 
 Where AbsTopK acts, a KL jumps as two channels change places, and its gradient knows nothing of the jump: it pushes the
 maps of the tokens concerned somewhere, however close they are to what is exact, and more tokens change places as they
@@ -40,6 +42,8 @@ from sparse_interp.bridges.bridge import Bridge, End, nmse
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
 from sparse_interp.bridges.coordinates import Coordinates
 from sparse_interp.bridges.hybrid import DENSE, SPARSE, streams_and_logits
+from sparse_interp.bridges.interchange import Interchange
+from sparse_interp.bridges.stretches import decoded
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.text import evaluating
@@ -76,7 +80,7 @@ Blocks = Int[Tensor, "block pos"]
 HeldOut = Int[Tensor, "held_out held_out_pos"]
 Loss = Float[Tensor, ""]
 
-PAIR_LOSSES = ("encode", "decode", "enter_sparse", "enter_dense")
+PAIR_LOSSES = ("encode", "decode", "enter_sparse", "enter_dense", "interchange")
 """Losses that every pair of sites has; their coefficients end in `_coef`."""
 
 FIT_TOKENS = 1 << 14
@@ -103,6 +107,9 @@ class BridgeRecord(NamedTuple):
 
     enter_dense: dict[str, float]
     """KL(dense || dense entered), nats per token, at the same pairs."""
+
+    interchange: dict[str, float]
+    """Share of the sparse model's change that is not carried, at the same pairs."""
 
     next_token: float | None
     """The sparse model's loss on the batch, nats per token; None where it is not trained."""
@@ -229,6 +236,8 @@ class BridgeTrainer:
             name: Deck(n, torch.Generator().manual_seed(config.seed + i))
             for i, (name, n) in enumerate({"blocks": len(blocks), "pairs": len(self.bridge.pairs)}.items())
         }
+        self.drawing = torch.Generator().manual_seed(config.seed + len(self.decks))
+        """Draws what is exchanged."""
         self.coordinates: dict[SitePair, tuple[Coordinates, Coordinates]] = {}
         """Those in which encoders and decoders take their steps; none while the streams themselves are trained."""
         self.best: Best | None = None
@@ -262,7 +271,7 @@ class BridgeTrainer:
                 self._fit()
                 self.began_at = self._measured() or {}
             with torch.autocast(tokens.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-                losses = self._losses(tokens, [self.bridge.pairs[i] for i in sorted(drawn)])
+                losses = self._losses(tokens, [self.bridge.pairs[i] for i in sorted(drawn)], self.drawing)
             loss = losses.total(config, n_pairs)
             value = loss.item()
             if not math.isfinite(value):
@@ -329,8 +338,8 @@ class BridgeTrainer:
             yield encoding, (f"maps.{pair}.W_encode", f"maps.{pair}.b_encode")
             yield decoding, (f"maps.{pair}.W_decode", f"maps.{pair}.b_decode")
 
-    def _losses(self, tokens: Tokens, entered: list[SitePair]) -> Losses:
-        """Every loss on a batch; hybrid passes enter at the pairs `entered`."""
+    def _losses(self, tokens: Tokens, entered: list[SitePair], generator: torch.Generator) -> Losses:
+        """Every loss on a batch; hybrid passes and changes enter at the pairs `entered`."""
         config, pairs = self.config, self.bridge.pairs
         with torch.no_grad():
             dense, teacher = streams_and_logits(self.dense, tokens, [pair.dense for pair in pairs])
@@ -338,6 +347,7 @@ class BridgeTrainer:
             target = _Teacher(teacher.to(wide))
         with nullcontext() if self.run is not None else torch.no_grad():
             sparse, student = streams_and_logits(self.sparse, tokens, [pair.sparse for pair in pairs])
+        exchanged = Interchange.draw(len(tokens), self.bridge.sparse.d_model, generator=generator)
         by_pair: dict[str, dict[SitePair, Loss]] = {name: {} for name in PAIR_LOSSES}
         for pair in pairs:
             here, there = sparse[pair.sparse], dense[pair.dense]
@@ -351,11 +361,27 @@ class BridgeTrainer:
                 if getattr(config, f"enter_{kind}_coef") > 0:
                     stream = stream.to(model.embed.W_E.dtype)
                     by_pair[f"enter_{kind}"][pair] = target.kl(model.between(tokens, enter=(site, stream)))
+            if config.interchange_coef > 0:
+                held = {SPARSE: (here.detach(), student.detach()), DENSE: (there, teacher)}
+                by_pair["interchange"][pair] = self._not_carried(tokens, pair, held, exchanged)
         if self.run is None:
             return Losses(by_pair, {})
         assert isinstance(self.sparse, HookedSparseTransformer)
         alone = {"next_token": self.sparse.loss_fn(student, tokens), "distillation": target.kl(student)}
         return Losses(by_pair, alone)
+
+    def _not_carried(
+        self, tokens: Tokens, pair: SitePair, held: Mapping[str, tuple[Tensor, Logits]], exchanged: Interchange
+    ) -> Loss:
+        """What is not carried of a change at one pair; `held` are either model's stream there, and its logits."""
+        (ours, student), (theirs, teacher) = held[SPARSE], held[DENSE]
+        change = exchanged.change(ours)
+        with torch.no_grad():
+            changed = self.sparse.between(tokens, enter=(pair.sparse, ours + change))
+        moved = theirs + decoded(self.bridge, change, pair).to(theirs)
+        carried = self.dense.between(tokens, enter=(pair.dense, moved))
+        probs = teacher.to(torch.promote_types(teacher.dtype, torch.float32)).softmax(-1)
+        return exchanged.not_carried(changed - student, carried - teacher, probs)
 
     @torch.no_grad()
     def _fit(self) -> None:
@@ -381,9 +407,10 @@ class BridgeTrainer:
         if self.validation is None:
             return None
         sums: dict[str, Any] = {}
+        drawing = torch.Generator().manual_seed(self.config.seed)  # what is exchanged is the same every time
         with evaluating(self.sparse), evaluating(self.dense):
-            for part in self.validation.split(batch_size):
-                losses = self._losses(part.long().to(self._device), list(self.bridge.pairs))
+            for part in self.validation.tensor_split(math.ceil(len(self.validation) / batch_size)):
+                losses = self._losses(part.long().to(self._device), list(self.bridge.pairs), drawing)
                 share = len(part) / len(self.validation)
                 _add(sums, losses.numbers(), share)
         return sums
@@ -431,7 +458,8 @@ class BridgeTrainer:
         )
 
     def _places(self) -> dict[str, dict[str, Tensor]]:
-        return {name: deck.state() for name, deck in self.decks.items()}
+        drawing = {"interchange": {"generator": self.drawing.get_state()}}
+        return {name: deck.state() for name, deck in self.decks.items()} | drawing
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -481,6 +509,7 @@ class BridgeTrainer:
                 load_optimizer_(self._optimizers[name], module, tensors, f"{name}-optimizer")
             for name, deck in self.decks.items():
                 deck.set_state(_below(tensors, f"rng.{name}"))
+            self.drawing.set_state(tensors["rng.interchange.generator"])
             if self.run is None and int(metadata["step"]) > 0:
                 held = _below(tensors, "coordinates")
                 for pair in self.bridge.pairs:

@@ -51,6 +51,7 @@ def test_sites_that_no_forward_pass_meets_in_order_are_refused(sites, said):
         {"decode_coef": -1.0},
         {"betas": (0.9, 1.0)},
         {"warmup_frac": 2.0},
+        {"batch_size": 1},
     ],
     ids=str,
 )
@@ -62,6 +63,11 @@ def test_a_config_that_describes_no_training_is_refused_by_the_name_of_its_field
 def test_a_config_comes_back_from_json():
     config = BridgeConfig(sites=(SitePair(0, 0), SitePair(3, 4)), lr=0.01, entries_per_step=None)
     assert BridgeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_of_before_there_were_interchanges_says_that_there_were_none():
+    older = {name: value for name, value in BridgeConfig().to_dict().items() if name != "interchange_coef"}
+    assert BridgeConfig.from_dict(older) == BridgeConfig(interchange_coef=0.0)
 
 
 def test_an_unknown_field_names_the_nearest():

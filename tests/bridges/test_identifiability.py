@@ -1,4 +1,4 @@
-"""What no text can teach a bridge: two of them with the same losses, one of which carries an ablation over."""
+"""What no text can teach a bridge and interchanges do: of two with the same losses on text, one carries ablations."""
 
 import pytest
 import torch
@@ -40,6 +40,8 @@ def test_bridges_that_differ_outside_the_span_of_the_streams_have_equal_losses_a
     for name in ("encode", "decode", "enter_sparse", "enter_dense"):
         assert measured[0][name] == pytest.approx(measured[1][name], abs=2e-6)
         assert max(measured[0][name].values()) < 2e-6
+    interchanged = [max(found["interchange"].values()) for found in measured]
+    assert interchanged[0] < 1e-5 and interchanged[1] > 0.1
     batch, means = truth.task.batch(16, generator=generator), mean_activations(truth.model, blocks)
     worst, rows = [], torch.arange(16)
     for bridge in (twin.bridge, other):

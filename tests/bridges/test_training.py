@@ -10,7 +10,7 @@ from sparse_interp.bridges.bridge import Bridge, nmse
 from sparse_interp.bridges.bridge_config import BridgeConfig, SitePair
 from sparse_interp.bridges.hybrid import hybrid_logits, token_kl
 from sparse_interp.bridges.rotated import rotatable_model, rotated_twin
-from sparse_interp.bridges.training import BRIDGE, BridgeTrainer, Deck, bridge_steps, train_bridges
+from sparse_interp.bridges.training import BRIDGE, PAIR_LOSSES, BridgeTrainer, Deck, bridge_steps, train_bridges
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.transformer import load
@@ -60,17 +60,20 @@ def test_the_recorded_losses_are_those_of_streams_and_hybrid_passes(sparse, dens
 
 
 def test_the_sum_has_the_coefficients_and_stands_for_all_pairs(sparse, dense, blocks):
-    config = replace(SIX, entries_per_step=2, encode_coef=2.0, decode_coef=0.5, enter_sparse_coef=3.0)
+    config = replace(
+        SIX, entries_per_step=2, encode_coef=2.0, decode_coef=0.5, enter_sparse_coef=3.0, interchange_coef=4.0
+    )
     record = BridgeTrainer(sparse, dense, blocks, config).step()
-    assert len(record.encode) == 5 and len(record.enter_sparse) == len(record.enter_dense) == 2
-    sums = {name: sum(getattr(record, name).values()) for name in ("encode", "decode", "enter_sparse", "enter_dense")}
-    expected = 2 * sums["encode"] + 0.5 * sums["decode"] + 5 / 2 * (3 * sums["enter_sparse"] + sums["enter_dense"])
+    assert len(record.encode) == 5 and len(record.enter_sparse) == len(record.interchange) == 2
+    sums = {name: sum(getattr(record, name).values()) for name in PAIR_LOSSES}
+    entered = 3 * sums["enter_sparse"] + sums["enter_dense"] + 4 * sums["interchange"]
+    expected = 2 * sums["encode"] + 0.5 * sums["decode"] + 5 / 2 * entered
     assert record.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_loss_that_does_not_count_is_not_taken(sparse, dense, blocks):
-    record = BridgeTrainer(sparse, dense, blocks, replace(SIX, enter_dense_coef=0.0)).step()
-    assert record.enter_dense == {} and len(record.enter_sparse) == 2
+    record = BridgeTrainer(sparse, dense, blocks, replace(SIX, enter_dense_coef=0.0, interchange_coef=0.0)).step()
+    assert record.enter_dense == record.interchange == {} and len(record.enter_sparse) == 2
     assert record.next_token is record.distillation is record.density is None
 
 
@@ -93,8 +96,8 @@ def test_training_lowers_what_it_minimises_beyond_the_least_squares(sparse, dens
     while trainer.step_done < 40:
         trainer.step()
     last = trainer.measure()
-    for name in ("enter_sparse", "enter_dense"):
-        assert sum(last[name].values()) < 0.97 * sum(first[name].values())
+    for name in ("enter_sparse", "enter_dense", "interchange"):
+        assert sum(last[name].values()) < 0.98 * sum(first[name].values())
 
 
 def test_the_bridge_of_a_rotated_twin_is_found_by_its_least_squares_and_kept_by_its_steps(generator):
@@ -223,7 +226,7 @@ def test_the_expected_gradient_of_few_entries_is_that_of_all(sparse, dense, bloc
 
     def gradient(entered):
         trainer.bridge.zero_grad()
-        trainer._losses(blocks[:4], entered).total(trainer.config, 5).backward()
+        trainer._losses(blocks[:4], entered, torch.Generator().manual_seed(0)).total(trainer.config, 5).backward()
         return torch.cat([p.grad.flatten() for p in trainer.bridge.parameters()])
 
     pairs = list(trainer.bridge.pairs)
@@ -236,7 +239,7 @@ def test_what_is_decoded_teaches_the_sparse_model_and_what_is_encoded_does_not(m
     trainer = BridgeTrainer(sparse, dense, blocks, SIX, run=scratch_run(sparse))
     with trainer._working():
         trainer._fit()
-        losses = trainer._losses(blocks[:4], [])
+        losses = trainer._losses(blocks[:4], [], torch.Generator())
         for name, taught in (("encode", False), ("decode", True)):
             sparse.zero_grad()
             losses.by_pair[name][SitePair(4, 4)].backward(retain_graph=True)
