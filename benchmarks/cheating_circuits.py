@@ -40,7 +40,7 @@ from sparse_interp.faithfulness.ground_truth import ground_truths
 from sparse_interp.faithfulness.partial import Outcome, partial_ablation
 from sparse_interp.faithfulness.planted_cases import planted_cases
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import learn_gates
@@ -112,7 +112,7 @@ NONE_TO_CHEAT_ON = ("shuffled labels", "nonsense", "unrelated labels")
 @torch.no_grad()
 def check_unknown(truth: GroundTruth, task: si.Task, generator: torch.Generator) -> None:
     """Raise TaskError if the model as it is has a task loss that a cheating circuit would be looked for with."""
-    batch = both_sides(task.batch(N_PAIRS, "test", generator=generator))
+    batch = task.batch(N_PAIRS, "test", generator=generator).both_sides()
     loss = answer_loss(all_answer_logits(truth.model, batch), batch).mean().item()
     if loss <= LADDER[-1]:
         raise si.TaskError(f"the model as it is has a task loss of {loss:.2f} nats on this twin of the task")

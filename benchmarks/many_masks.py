@@ -24,7 +24,7 @@ from abs_topk import machine
 import sparse_interp as si
 from sparse_interp.circuit.find import kept_by
 from sparse_interp.faithfulness.ground_truth import ground_truth
-from sparse_interp.interventions.answers import all_answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import all_answer_logits, frozen
 from sparse_interp.interventions.gates import NodeGates
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import _Search, _step, learn_many
@@ -60,7 +60,7 @@ def unlike(config: PruneConfig, n: int) -> list[PruneConfig]:
 
 def stepping(model, pairs, gates: NodeGates) -> Callable[[], None]:
     """A function that takes one step with all masks of `gates`."""
-    batch = both_sides(pairs).to(model.embed.W_E.device)
+    batch = pairs.both_sides().to(model.embed.W_E.device)
     searches = [_Search(gates, i, pairs.lengths) for i in range(len(gates.taus))]
     with evaluating(model):
         reference = all_answer_logits(model, batch)

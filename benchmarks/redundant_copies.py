@@ -32,7 +32,6 @@ from sparse_interp.faithfulness.ground_truth import effects_alone, ground_truths
 from sparse_interp.faithfulness.methods import N_MEANS, PRUNING
 from sparse_interp.faithfulness.planted_cases import planted_cases
 from sparse_interp.faithfulness.rivals import rivals
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node, NodeValues
 from sparse_interp.results import write_whole
@@ -58,7 +57,7 @@ def backups(truth: GroundTruth, way: str, circuit: Circuit, generator: torch.Gen
     """Nodes whose effect grows once a circuit, or its silent part, is removed; none where no part is silent."""
     pairs = truth.task.batch(N_PAIRS, "test", generator=generator)
     if way == "the silent part":
-        alone = effects_alone(truth, both_sides(pairs), circuit.baseline, sorted(circuit.node_set))
+        alone = effects_alone(truth, pairs.both_sides(), circuit.baseline, sorted(circuit.node_set))
         silent = [node for node, nats in alone.items() if nats < GROWS_NATS]
         if not silent:
             return []

@@ -22,7 +22,7 @@ from abs_topk import machine
 
 import sparse_interp as si
 from sparse_interp.interventions.ablation import less
-from sparse_interp.interventions.answers import all_answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import all_answer_logits, frozen
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edge_gates import EdgeGates
 from sparse_interp.interventions.edges import EdgeUnits, edges_among, row_values
@@ -61,7 +61,7 @@ def timed(side: Callable[[], object]) -> tuple[float, object]:
 
 def stepping(model, pairs, gates) -> Callable[[], torch.Tensor]:
     """A function that takes one gate step and returns the first step's gradient."""
-    batch, search = both_sides(pairs), _Search(gates, 0, pairs.lengths)
+    batch, search = pairs.both_sides(), _Search(gates, 0, pairs.lengths)
     with evaluating(model):
         reference = all_answer_logits(model, batch)
 

@@ -26,7 +26,6 @@ from sparse_interp.faithfulness.tracr import (
     tracr_programs,
     tracr_task,
 )
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 
 PATH = Path("data/groundtruth/tracr_keys.json")
@@ -41,7 +40,7 @@ def measured(name: str) -> dict:
     truth = GroundTruth(name, model, task, empty, empty, program.means, program.channels)
     means = mean_activations(model, truth.blocks(task.n_pairs("train"), generator=generator))
     train, test = (
-        both_sides(task.batch(min(N_PAIRS, task.n_pairs(split)), split, generator=generator))
+        task.batch(min(N_PAIRS, task.n_pairs(split)), split, generator=generator).both_sides()
         for split in ("train", "test")
     )
     key = measured_key(model, train, means, TOLERANCE)

@@ -41,7 +41,7 @@ from sparse_interp.errors import BridgeError
 from sparse_interp.faithfulness.controls import reinitialised
 from sparse_interp.faithfulness.scores import groups_of, mean_of, of_means, pearson
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import answer_logits, both_sides
+from sparse_interp.interventions.answers import answer_logits
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import FINAL_READ, FINAL_SCALE_HOOK, Node, NodeValues, Place, stream_hook
 from sparse_interp.model.text import evaluating
@@ -353,7 +353,7 @@ def causal_effects(
         generator: draws random directions.
         done: is called after every node.
     """
-    dense, trained, batch = hooked(dense), variants[0], both_sides(case.pairs)
+    dense, trained, batch = hooked(dense), variants[0], case.pairs.both_sides()
     with ExitStack() as stack:
         for model in (dense, *(variant.sparse for variant in variants)):
             stack.enter_context(evaluating(model))

@@ -24,7 +24,7 @@ from torch.nn.functional import softplus
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.model.text import evaluating
 from sparse_interp.tasks.task import TaskBatch, kl_divergence, logit_difference
@@ -70,7 +70,7 @@ def calibrate(model: AnyModel, circuit: Circuit, pairs: TaskBatch) -> Calibratio
         CircuitError: if the circuit belongs to other weights.
     """
     model = hooked(model)
-    batch = both_sides(pairs).to(model.embed.W_E.device)
+    batch = pairs.both_sides().to(model.embed.W_E.device)
     with evaluating(model):
         reference = all_answer_logits(model, batch)
         with circuit.running(model):

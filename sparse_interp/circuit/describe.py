@@ -45,7 +45,6 @@ from sparse_interp.circuit.graph import Circuit, token_edges
 from sparse_interp.circuit.pictures import shown
 from sparse_interp.circuit.spectrum import HistogramTable, Spectrum, SpectrumTable
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
 from sparse_interp.model.sites import (
     FINAL_SCALE_HOOK,
@@ -203,7 +202,7 @@ def describe(
 
 
 def _on_task(model: HookedModel, nodes: Sequence[Node], batch: TaskBatch, n: int, text: Text) -> "_Watched":
-    sides = both_sides(batch)
+    sides = batch.both_sides()
     return _watched(model, nodes, sides.clean, sides.attention_mask, n, text, "task", False)
 
 
@@ -491,7 +490,7 @@ def token_wires(model: AnyModel, circuit: Circuit, batch: TaskBatch) -> pd.DataF
 
     Those are the tokens in which the pairs of `batch` differ, and its answers and foils, the most frequent first.
     """
-    model, sides = hooked(model), both_sides(batch)
+    model, sides = hooked(model), batch.both_sides()
     inputs = Counter(sides.clean[sides.clean != sides.corrupt].tolist())
     outputs = Counter(sides.answer.tolist())
     chosen = [[token for token, _ in c.most_common(n)] for c, n in ((inputs, N_TOKENS_IN), (outputs, N_TOKENS_OUT))]

@@ -43,7 +43,7 @@ from sparse_interp.circuit.looking import (
 )
 from sparse_interp.circuit.pictures import shown
 from sparse_interp.interventions.ablation import FwdHooks, Masks, ablate
-from sparse_interp.interventions.answers import answer_logits, both_sides, stream_at
+from sparse_interp.interventions.answers import answer_logits, stream_at
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Z_HOOK, Node, Place, V, group_size, heads_of, wires
 from sparse_interp.model.text import evaluating
@@ -189,7 +189,7 @@ def read_heads(circuit: Circuit, model: AnyModel, batch: TaskBatch) -> HeadReadi
     model = hooked(model)
     circuit.check_model(model)
     found = {(n.layer, head) for n in circuit.node_set if n.site in ("q", "k", "v") for head in heads_of(model.cfg, n)}
-    sides, layers = both_sides(batch), {layer for layer, _ in found}
+    sides, layers = batch.both_sides(), {layer for layer, _ in found}
     whole = record(model, sides, layers)
     with circuit.running(model):
         alone = record(model, sides, layers)

@@ -33,7 +33,6 @@ from sparse_interp.circuit.looking import record
 from sparse_interp.circuit.pictures import page_edges, page_nodes, shown
 from sparse_interp.circuit.readings import HeadReadings
 from sparse_interp.errors import CircuitError
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.model.config import Shape
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, key_of, queries_of, wires
@@ -255,7 +254,7 @@ def _on_prompts(values: Float[Tensor, "prompt pos"], lengths: Int[Tensor, " pair
 
 def _node_values(circuit: Circuit, model: HookedModel, pairs: TaskBatch) -> dict[str, PromptValues]:
     """What every node holds on the page's prompts, in the whole model."""
-    sides, nodes = both_sides(pairs), in_order(circuit)
+    sides, nodes = pairs.both_sides(), in_order(circuit)
     (values,) = activations(model, nodes, sides.clean, sides.attention_mask, batch_size=max(1, len(sides)))
     return {str(node): _on_prompts(values[..., i], pairs.lengths) for i, node in enumerate(nodes)}
 
@@ -269,7 +268,7 @@ def _page_heads(
     """Every head that was read, those first that the circuit needs most."""
     if readings is None or readings.heads.frame.empty:
         return
-    sides, layers = both_sides(pairs), set(readings.heads.frame.layer)
+    sides, layers = pairs.both_sides(), set(readings.heads.frame.layer)
     whole = record(model, sides, layers)
     with circuit.running(model):
         alone = record(model, sides, layers)

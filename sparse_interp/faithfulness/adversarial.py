@@ -39,7 +39,7 @@ from sparse_interp.circuit.readings import HeadReadings, read_heads
 from sparse_interp.errors import TaskError
 from sparse_interp.faithfulness.scores import groups_of, mean_of
 from sparse_interp.interventions.ablation import FwdHooks
-from sparse_interp.interventions.answers import answer_logits, both_sides
+from sparse_interp.interventions.answers import answer_logits
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import PATTERN_HOOK
 from sparse_interp.model.text import evaluating
@@ -208,8 +208,8 @@ def adversarial_inputs(
     heads = read_heads(circuit, model, seen)
     encoded = task.encoded(n_pairs, split, generator=generator)
     whole = torch.tensor([row.is_whole for row in encoded]).repeat(2)
-    pairs = both_sides(task.collated(encoded))
-    needed = _needed_heads(model, circuit, heads, both_sides(seen), generator)
+    pairs = task.collated(encoded).both_sides()
+    needed = _needed_heads(model, circuit, heads, seen.both_sides(), generator)
     free = [free_tokens(seen, token_text(model), anywhere=anywhere) for anywhere in (False, True)]
     reading = _Reading(model, circuit, task, heads, needed, *free, pairs, whole, generator)
     edits, notes = [], []

@@ -68,4 +68,4 @@ class GroundTruth:
         batch = self.task.batch(n, split="train", generator=generator)
         if self.model.cfg.attention_dir == "bidirectional":
             batch = batch.rows((batch.lengths == batch.lengths.max()).nonzero().flatten())
-        return torch.cat([batch.clean, batch.corrupt])
+        return batch.both_sides().clean

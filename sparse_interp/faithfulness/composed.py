@@ -24,7 +24,6 @@ from sparse_interp.faithfulness.answer_key import Edge, GroundTruth, Key
 from sparse_interp.faithfulness.draft import WORDS, task_of
 from sparse_interp.faithfulness.ground_truth import HARMFUL, HARMLESS, check_keys, effects_alone, logits_of
 from sparse_interp.faithfulness.placing import Places, empty, moved, put
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import FINAL_READ, Node, width
 from sparse_interp.model.transformer import HookedSparseTransformer
@@ -247,7 +246,7 @@ def _centres(
     model: HookedSparseTransformer, parts: Sequence[Part], task: Task, yes: str, generator: torch.Generator
 ) -> list[tuple[float, float]]:
     """For each part (x + y) / 2 and (x - y) / 2, where its answer channel holds x for `yes`, and y otherwise."""
-    batch = both_sides(task.batch(N_CHECKED, generator=generator))
+    batch = task.batch(N_CHECKED, generator=generator).both_sides()
     seen = _answers_seen(model, [channel for channel, _ in parts], batch.clean)
     last = seen[torch.arange(len(batch)), batch.last]
     said = batch.answer == task.tokenizer.get_vocab()[yes]
@@ -286,7 +285,7 @@ def _proved(
 ) -> GroundTruth:
     """The composed model with its keys, if it is always right and they are what keys have to be."""
     for split in task.splits:
-        batch = both_sides(task.batch(N_CHECKED, split, generator=generator))
+        batch = task.batch(N_CHECKED, split, generator=generator).both_sides()
         right = is_correct(logits_of(model, batch), batch)
         if right.min() < 1:
             raise TaskError(
@@ -295,7 +294,7 @@ def _proved(
             )
     truth = GroundTruth(name, model, task, keys[0].nodes, keys[0].edges, why, channels, tuple(keys[1:]))
     means = mean_activations(model, truth.blocks(N_CHECKED, generator=generator))
-    batch = both_sides(task.batch(N_CHECKED, "test", generator=generator))
+    batch = task.batch(N_CHECKED, "test", generator=generator).both_sides()
     check_keys(truth, batch, means)
     alone = effects_alone(truth, batch, means, frozenset.union(*(key.nodes for key in keys)))
     between = {node: nats for node, nats in alone.items() if HARMLESS < nats < HARMFUL}

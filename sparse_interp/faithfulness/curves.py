@@ -26,7 +26,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError
 from sparse_interp.faithfulness.scores import CONSTANT, groups_of, of_means
 from sparse_interp.interventions.ablation import Ablation, Masks
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import Node, Place, masks
 from sparse_interp.model.text import evaluating
@@ -93,7 +93,7 @@ def size_curve(
     """
     circuit.check_all_positions("a curve over sizes")
     circuit.check_model(model)
-    model, batch = hooked(model), both_sides(pairs)
+    model, batch = hooked(model), pairs.both_sides()
     order = _completed(circuit, ranked(circuit) if ranking is None else list(ranking), generator)
     sizes = [round(frac * len(order)) for frac in SIZES]
     with evaluating(model):

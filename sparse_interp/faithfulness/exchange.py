@@ -26,7 +26,7 @@ from torch import Tensor
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError
 from sparse_interp.faithfulness.scores import CONSTANT, groups_of, mean_of, of_means, pearson, some_pairs
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.interventions.interchange import Each, interchange_each
 from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.model.sites import Node
@@ -200,7 +200,7 @@ def exchange_between_runs(
 def _drawn(pairs: TaskBatch, n_prompts: int, generator: torch.Generator) -> TaskBatch:
     if n_prompts < 2:
         raise ConfigError(f"n_prompts={n_prompts}; an exchange needs both prompts of at least one pair: 2 or more.")
-    return both_sides(some_pairs(pairs, n_prompts // 2, generator=generator))
+    return some_pairs(pairs, n_prompts // 2, generator=generator).both_sides()
 
 
 def _effects(run: Each) -> Float[Tensor, "node prompt number"]:

@@ -29,7 +29,6 @@ from sparse_interp.axes import Pattern, PerPrompt
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.looking import ANSWER, EVERY, evenness, looks
 from sparse_interp.faithfulness.scores import groups_of, mean_of, pearson
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import values_on
 from sparse_interp.interventions.sweeps import reaching
 from sparse_interp.model.config import AnyShape
@@ -103,7 +102,7 @@ def agreement_inside(model: AnyModel, circuit: Circuit, pairs: TaskBatch, *, gen
         CircuitError: if the circuit belongs to other weights.
     """
     circuit.check_model(model)
-    model, batch = hooked(model), both_sides(pairs)
+    model, batch = hooked(model), pairs.both_sides()
     batch = batch.to(model.embed.W_E.device)
     order = batch.lengths.cpu().argsort(stable=True)
     nodes, heads = [], []

@@ -26,7 +26,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import ConfigError
 from sparse_interp.faithfulness.scores import PromptScores, groups_of, mean_of, prompt_scores
 from sparse_interp.interventions.ablation import Ablation
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.model.sites import NodeValues
@@ -123,7 +123,7 @@ def partial_ablation(
     if n_draws < 1 or n_steps < 1:
         raise ConfigError(f"n_draws={n_draws}, n_steps={n_steps}: partial ablation needs at least one of each.")
     circuit.check_model(model)
-    model, batch = hooked(model), both_sides(pairs)
+    model, batch = hooked(model), pairs.both_sides()
     with evaluating(model):
         reference = all_answer_logits(model, batch)
     cut, state = circuit.cut_edges(model), generator.get_state()

@@ -24,7 +24,6 @@ from sparse_interp.errors import ConfigError
 from sparse_interp.faithfulness.answer_key import GroundTruth
 from sparse_interp.faithfulness.ground_truth import check_keys
 from sparse_interp.faithfulness.placing import Indices, Places, empty, moved, put
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.config import ModelConfig
 from sparse_interp.model.sites import width
@@ -84,7 +83,7 @@ def planted(truth: GroundTruth, config: PlantConfig, *, generator: torch.Generat
     """
     found = hidden(truth, config, generator=generator)
     means = mean_activations(found.model, found.blocks(N_CHECKED, generator=generator))
-    check_keys(found, both_sides(found.task.batch(N_CHECKED, "test", generator=generator)), means, TOLERANCE_NATS)
+    check_keys(found, found.task.batch(N_CHECKED, "test", generator=generator).both_sides(), means, TOLERANCE_NATS)
     return found
 
 

@@ -29,7 +29,7 @@ from sparse_interp.circuit.find import sized
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.scores import mean_of
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.interventions.pruning import learn_many
 from sparse_interp.interventions.selection import Fit, Selection, split_pairs
@@ -193,7 +193,7 @@ def rivals(
     first = generator.initial_seed()
     drawn = torch.Generator().manual_seed(first)
     train, select = split_pairs(task, config, drawn)
-    held_out = both_sides(task.batch(n_pairs, HELD_OUT, generator=drawn)).to(model.embed.W_E.device)
+    held_out = task.batch(n_pairs, HELD_OUT, generator=drawn).both_sides().to(model.embed.W_E.device)
     seeds = range(first, first + n_seeds)
     found = _kept(folder, seeds, model, task, config, baseline)
     selection = Selection(model, select, baseline, frozen_norms=config.frozen_norms, per_position=config.per_position)

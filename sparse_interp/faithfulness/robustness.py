@@ -35,7 +35,7 @@ from sparse_interp.faithfulness.scores import (
     some_pairs,
 )
 from sparse_interp.interventions.ablation import Ablation, Masks, Running
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.interventions.baselines import Baseline, Counterfactual, position_means, task_means
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
@@ -120,7 +120,7 @@ def robustness_grid(
     circuit.check_model(model)
     model = hooked(model)
     pairs = some_pairs(pairs, n_pairs, generator=generator)
-    grid = _Grid(model, circuit, both_sides(pairs), generator)
+    grid = _Grid(model, circuit, pairs.both_sides(), generator)
     rows = []
     ways = [(ablation, where) for ablation in grid.ablations(pairs) for where in POSITIONS]
     for i, (ablation, where) in enumerate(tqdm(ways, disable=not progress, desc="robustness", unit="way")):

@@ -21,7 +21,6 @@ from sparse_interp.faithfulness.scores import groups_of, some_pairs
 from sparse_interp.faithfulness.scrubbing import scrub
 from sparse_interp.faithfulness.sheet import ABOVE_FOIL, ANSWER_OR_FOIL, KL, VOCABULARY, Sheet
 from sparse_interp.faithfulness.thresholds import MINIMAL, WORST
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import TaskBatch
 
@@ -73,7 +72,7 @@ def add_tests(sheet: Sheet, level: str, progress: Callable[[str], None]) -> None
 def _some(sheet: Sheet, n: int) -> tuple[TaskBatch, tuple[int, int]]:
     """Some of a sheet's pairs, and how many prompts and templates (or pairs) they are."""
     pairs = some_pairs(sheet.pairs, n, generator=sheet.generator)
-    return pairs, (2 * len(pairs), len(set(groups_of(both_sides(pairs)))))
+    return pairs, (2 * len(pairs), len(set(groups_of(pairs.both_sides()))))
 
 
 def _partial(sheet: Sheet) -> None:

@@ -26,7 +26,7 @@ from sparse_interp.axes import PerPrompt
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.interventions.ablation import Ablation, Masks
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.text import evaluating
@@ -158,7 +158,7 @@ def score_circuit(
         CircuitError: if the circuit belongs to other weights, or the ablation needs a generator and has none.
     """
     circuit.check_model(model)
-    model, batch = hooked(model), both_sides(pairs)
+    model, batch = hooked(model), pairs.both_sides()
     ablation = Ablation.full(circuit.baseline) if ablation is None else ablation
     full = Ablation.full(ablation.baseline)
     with evaluating(model):

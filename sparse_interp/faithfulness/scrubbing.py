@@ -33,7 +33,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.scores import groups_of, mean_of, of_means
 from sparse_interp.interventions.ablation import fitting
-from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, at_answers, both_sides
+from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits, answer_logits, at_answers
 from sparse_interp.interventions.baselines import values_on
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
@@ -149,7 +149,7 @@ def scrub(
     circuit.check_all_positions("causal scrubbing")
     circuit.check_model(model)
     _check(circuit, hypothesis, n_draws)
-    model, batch = hooked(model), both_sides(pairs)
+    model, batch = hooked(model), pairs.both_sides()
     claims = _Claims.of(hypothesis, batch, model.tokenizer)
     run = _Scrubbing(model, circuit, claims, batch)
     conditions = {name: run.found() for name in CONDITIONS[1:]}

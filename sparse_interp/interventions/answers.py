@@ -21,13 +21,7 @@ from sparse_interp.tasks.task import TaskBatch
 AnswerLogits = Float[Tensor, "batch d_vocab"]
 
 Teacher = Callable[[TaskBatch], AnswerLogits]
-"""Pairs laid out by `both_sides` -> the answer logits that a circuit is asked to agree with, instead of its model's."""
-
-
-def both_sides(batch: TaskBatch) -> TaskBatch:
-    """Every pair twice: once with each of its prompts as the clean one."""
-    other = batch.swapped()
-    return TaskBatch(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(batch).items()})
+"""`batch.both_sides()` of pairs -> the answer logits that a circuit is asked to agree with, instead of its model's."""
 
 
 def length_in_common(pairs: TaskBatch) -> int:

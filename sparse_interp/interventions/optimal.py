@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sparse_interp.errors import ConfigError
 from sparse_interp.interventions.ablation import Ablation, Loss, Masks, holding_hooks
-from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import all_answer_logits, answer_logits, frozen
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
 from sparse_interp.model.sites import NodeValues
 from sparse_interp.model.text import evaluating
@@ -88,7 +88,7 @@ def learn_baseline(
         )
     model = hooked(model)
     start.check(model.cfg, {place.site for place in kept})
-    here = {"train": both_sides(pairs), "held out": both_sides(held_out)}
+    here = {"train": pairs.both_sides(), "held out": held_out.both_sides()}
     here = {split: batch.to(model.embed.W_E.device) for split, batch in here.items()}
     like = model.embed.W_E
     constants = {place: start[place].to(like).clone() for place, mask in kept.items() if not bool(mask.all())}

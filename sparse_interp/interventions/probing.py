@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_interp.errors import ConfigError
 from sparse_interp.interventions.ablation import partial
-from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import all_answer_logits, answer_logits, frozen
 from sparse_interp.model.dense import AnyModel, hooked
 from sparse_interp.model.sites import NODE_SITES, NodeValues, Place, places, width
 from sparse_interp.model.text import evaluating
@@ -73,7 +73,7 @@ def probe_nodes(
         raise ConfigError(f"n_steps={n_steps}, price={price}: expected at least 1 step, and a price of at least 0.")
     model = hooked(model)
     baseline.check(model.cfg)
-    values, batch = baseline.to(model.embed.W_E), both_sides(pairs).to(model.embed.W_E.device)
+    values, batch = baseline.to(model.embed.W_E), pairs.both_sides().to(model.embed.W_E.device)
     sizes = {place: width(model.cfg, place.site) for place in places(model.cfg, NODE_SITES)}
     start = math.log(OPEN_AT_FIRST / (1 - OPEN_AT_FIRST)) + BETA * math.log(-GAMMA / ZETA)
     a = torch.full((sum(sizes.values()),), start).to(model.embed.W_E).requires_grad_()

@@ -32,7 +32,6 @@ from sparse_interp.interventions.answers import (
     AnswerLogits,
     Teacher,
     answer_logits,
-    both_sides,
     frozen,
     length_in_common,
     taught,
@@ -179,7 +178,7 @@ def train_gates(
     model: HookedModel, pairs: TaskBatch, gates: Gates, *, teacher: Teacher | None = None, progress: bool = False
 ) -> list[SearchHistory]:
     """Train the masks of `gates` until their steps are over, or each has stopped; the history of each."""
-    batch = both_sides(pairs).to(model.embed.W_E.device)
+    batch = pairs.both_sides().to(model.embed.W_E.device)
     searches = [_Search(gates, i, pairs.lengths) for i in range(len(gates.taus))]
     with evaluating(model), frozen(model):
         reference = taught(model, batch, teacher)

@@ -23,7 +23,6 @@ from sparse_interp.interventions.answers import (
     AnswerLogits,
     Teacher,
     answer_logits,
-    both_sides,
     length_in_common,
     packed,
     stream_at,
@@ -137,7 +136,7 @@ class Selection:
         self.model, self.frozen_norms = model, frozen_norms
         self.n_pos = length_in_common(pairs) if per_position else None
         self.baseline = baseline.to(model.embed.W_E) if isinstance(baseline, NodeValues) else baseline
-        self.batch = both_sides(pairs).to(model.embed.W_E.device)
+        self.batch = pairs.both_sides().to(model.embed.W_E.device)
         with evaluating(model):
             self.reference = self.logits({}) if teacher is None else taught(model, self.batch, teacher)
         self.model_loss = answer_loss(self.reference, self.batch).mean().item()

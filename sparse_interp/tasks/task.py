@@ -8,7 +8,8 @@
     correct           =  logit[answer] > logit[foil]                        (chance 0.5)
 
 The loss between the two answers alone is the task loss of Gao et al. 2025 (arXiv:2511.13653). Their released code adds
-the two sides of a pair; here every prompt has its own number, and `batch.swapped()` is the other side.
+the two sides of a pair; here every prompt has its own number; `batch.swapped()` is the other side, and
+`batch.both_sides()` has both.
 
 Pairs come from a source: a template file (`tasks/templates.py`), pairs that somebody has written down or found in text
 (`tasks/pairs.py`, `tasks/occurrences.py`), or either of them with other labels (`tasks/controls.py`).
@@ -80,6 +81,14 @@ class TaskBatch:
     def swapped(self) -> "TaskBatch":
         """The other side of every pair: `corrupt` becomes clean, and `foil` the answer."""
         return replace(self, clean=self.corrupt, corrupt=self.clean, answer=self.foil, foil=self.answer)
+
+    def both_sides(self) -> "TaskBatch":
+        """Every pair twice, [2 batch ...]: all of them as they are, and behind them all of them `swapped`.
+
+        What asks one number of each prompt then asks it of both prompts of a pair.
+        """
+        other = self.swapped()
+        return TaskBatch(**{name: torch.cat([values, getattr(other, name)]) for name, values in vars(self).items()})
 
     def rows(self, chosen: slice | Int[Tensor, " chosen"]) -> "TaskBatch":
         """Some of the pairs, in the order of `chosen`; padding stays as it is."""

@@ -10,7 +10,6 @@ from sparse_interp.bridges.rotated import rotatable_model, rotated_twin
 from sparse_interp.bridges.steering import transfer
 from sparse_interp.errors import BridgeError
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node, stream_hook
 from sparse_interp.tasks.task import TaskBatch, logit_difference
@@ -104,7 +103,7 @@ def test_agreement_is_that_of_transferred_ablations(sparse, text):
     found = evaluate(
         bridge, sparse, twin.dense, text[:8], fit_blocks=text[8:], cases=[case], generator=seeded(), progress=False
     )
-    batch = both_sides(case.pairs)
+    batch = case.pairs.both_sides()
     changes = []
     for node in NODES:
         ablating = lambda model, node=node: ablate(model, [node], case.baseline)

@@ -7,7 +7,7 @@ from sparse_interp.circuit.calibration import SCALES, calibrate, fit_scale
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.model.dense import hooked
 from sparse_interp.tasks.task import answer_loss, kl_divergence, logit_difference
 
@@ -15,7 +15,7 @@ from sparse_interp.tasks.task import answer_loss, kl_divergence, logit_differenc
 @pytest.fixture
 def noisy(truth, generator):
     """Prompts, and random logits that know the answer a little: a teacher, and a student that is too sure of itself."""
-    batch = both_sides(truth.task.batch(24, generator=generator))
+    batch = truth.task.batch(24, generator=generator).both_sides()
     teacher = torch.randn(len(batch), truth.model.cfg.d_vocab, generator=generator)
     teacher[torch.arange(len(batch)), batch.answer] += 1
     return batch, teacher, 3 * teacher + torch.randn(teacher.shape, generator=generator)
@@ -67,7 +67,7 @@ def test_the_circuit_of_all_nodes_has_scale_one_in_ours_and_in_a_bridge(truth, d
         assert calibrate(model, everything, batch).scale == pytest.approx(1, abs=1e-6)
         part = Circuit.of_nodes(model, sorted(truth.nodes)[:-1], zero(model))
         found = calibrate(model, part, batch)
-        both = both_sides(batch)
+        both = batch.both_sides()
         with part.running(model):
             logits = all_answer_logits(hooked(model), both)
         scaled = kl_divergence(all_answer_logits(hooked(model), both), found.apply(logits), both).mean().item()

@@ -9,7 +9,6 @@ from sparse_interp.circuit.find_edges import CUT_EVERY, NO_EFFECT_NATS, find_edg
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CheckpointError, CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.interventions.prune_config import PruneConfig
@@ -64,7 +63,7 @@ def measured_on(truth):
     generator = torch.Generator().manual_seed(0)
     truth.blocks(64, generator=generator)
     _, pairs = split_pairs(truth.task, QUICK, generator)
-    batch = both_sides(pairs)
+    batch = pairs.both_sides()
     return batch.rows(torch.arange(0, len(batch), CUT_EVERY))
 
 

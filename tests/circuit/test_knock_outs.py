@@ -7,7 +7,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.circuit.knock_outs import knock_outs
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.model.sites import Node, heads_of
 from sparse_interp.tasks.task import answer_loss, kl_divergence, logit_difference
 
@@ -19,7 +19,7 @@ def batch(truth):
 
 def measured(truth, circuit, batch, nodes):
     """KL, lead, accuracy and loss of the circuit without `nodes`, on both sides, one run each."""
-    sides = both_sides(batch)
+    sides = batch.both_sides()
     reference = all_answer_logits(truth.model, sides)
     with circuit.running(truth.model), ablate(truth.model, nodes, circuit.baseline):
         logits = all_answer_logits(truth.model, sides)
@@ -50,7 +50,7 @@ def test_every_row_equals_a_run_of_its_own(truth, key_circuit, batch):
 
 def test_the_first_row_is_the_whole_model(truth, key_circuit, batch):
     row = knock_outs(key_circuit, truth.model, batch).frame.iloc[0]
-    sides = both_sides(batch)
+    sides = batch.both_sides()
     assert row.kind == "model" and row.kl_nats == pytest.approx(0, abs=1e-6)
     assert row.leads == pytest.approx(logit_difference(all_answer_logits(truth.model, sides), sides).tolist(), abs=1e-4)
 

@@ -11,7 +11,6 @@ from sparse_interp.circuit.looking import ANSWER, EVERY, ROLES, even_frac, expla
 from sparse_interp.circuit.readings import read_heads
 from sparse_interp.errors import CircuitError
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import Node, Place, flat, group_size, key_of
 from sparse_interp.tasks.task import TaskBatch, logit_difference
@@ -58,7 +57,7 @@ def random_reading(plain_model, some_nodes, pairs):
 
 def alone(model, circuit, batch):
     """Each prompt of both sides by itself, without padding: (row, cache, logits)."""
-    sides = both_sides(batch)
+    sides = batch.both_sides()
     for row, length in enumerate(sides.lengths.tolist()):
         with circuit.running(model), torch.no_grad():
             logits, seen = model.run_with_cache(sides.clean[row : row + 1, :length])
@@ -86,7 +85,7 @@ def role_of(tokens, changed, query, key, kind):
 @pytest.mark.parametrize("kind", [ANSWER, EVERY])
 def test_attention_by_role_equals_brute_force_on_prompts_without_padding(plain_model, pairs, random_reading, kind):
     circuit, reading = random_reading
-    sides, paid, rows = both_sides(pairs), {}, 0
+    sides, paid, rows = pairs.both_sides(), {}, 0
     for row, seen, _ in alone(plain_model, circuit, pairs):
         n = int(sides.lengths[row])
         tokens, changed = sides.clean[row].tolist(), (sides.clean[row] != sides.corrupt[row]).tolist()
@@ -111,7 +110,7 @@ def test_shares_of_channels_are_the_covariance_with_the_score_and_add_up(plain_m
     products = {c: [] for c in range(5)}
     for row, seen, _ in alone(plain_model, circuit, pairs):
         q, k = (flat(seen[Place(0, site).hook])[0, :, 5:10].double() for site in "qk")  # head 1
-        for query in range(1, int(both_sides(pairs).lengths[row])):
+        for query in range(1, int(pairs.both_sides().lengths[row])):
             for c in range(5):
                 part = q[query, c] * k[: query + 1, c]
                 products[c].append(part - part.mean())
@@ -128,7 +127,7 @@ def test_shares_of_channels_are_the_covariance_with_the_score_and_add_up(plain_m
 
 def test_what_v_nodes_add_directly_equals_the_formula_written_out(plain_model, pairs, random_reading):
     circuit, reading = random_reading
-    sides, kept = both_sides(pairs), {place: mask.double() for place, mask in circuit.kept.items()}
+    sides, kept = pairs.both_sides(), {place: mask.double() for place, mask in circuit.kept.items()}
     head, found = 2, {}
     unembedding = plain_model.unembed.W_U.detach().double()
     for row, seen, _ in alone(plain_model, circuit, pairs):
@@ -148,7 +147,7 @@ def test_what_v_nodes_add_directly_equals_the_formula_written_out(plain_model, p
 
 def test_a_knock_out_is_what_ablating_the_kept_v_nodes_of_a_head_costs(plain_model, pairs, random_reading):
     circuit, reading = random_reading
-    sides = both_sides(pairs)
+    sides = pairs.both_sides()
 
     def mean():
         with torch.no_grad():

@@ -9,7 +9,6 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, TaskError
 from sparse_interp.faithfulness import adversarial as module
 from sparse_interp.faithfulness.adversarial import Edit, adversarial_inputs, free_tokens, inserted
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node
@@ -170,7 +169,7 @@ def test_free_tokens_are_fillers_and_never_structure_answers_or_changes(generato
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_head_made_to_look_as_before_undoes_what_it_did_with_further_tokens(truth, dense_truth, generator, dense):
     model = dense_truth[dense]
-    before = both_sides(truth.task.batch(8, generator=generator))
+    before = truth.task.batch(8, generator=generator).both_sides()
     quotes = [[int(before.corrupt[row][(before.clean != before.corrupt)[row]])] * 2 for row in range(16)]
     after = inserted(before, before.last.clone(), quotes, 0)
     edit = Edit("", [(1, 0)], "", "", "", before, after, None, before.last.clone())

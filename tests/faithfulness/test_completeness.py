@@ -9,7 +9,6 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.completeness import completeness
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import Node, masks
@@ -59,7 +58,7 @@ def test_effects_are_those_of_plain_ablations_prompt_by_prompt(edges, generator)
     nodes = [Node(1, "q", 0), Node(1, "k", 0), Node(0, "neuron", 0)]
     pairs = truth.task.batch(3, "test", generator=generator)
     found = completeness(truth.model, circuit, pairs, candidates=nodes, n_pairs=3, generator=generator, progress=False)
-    batch, rows = both_sides(pairs), found.frame.set_index("name")
+    batch, rows = pairs.both_sides(), found.frame.set_index("name")
     for node in nodes:
         alone, removed = [], []
         for i in range(len(batch)):

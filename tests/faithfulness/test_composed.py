@@ -15,7 +15,6 @@ from sparse_interp.faithfulness.ground_truth import (
     nodes_outside,
 )
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.tasks.task import is_argmax, kl_divergence
 
@@ -33,13 +32,13 @@ def truth(request):
 def test_a_composed_model_is_always_right_and_says_what_it_is(truth, generator):
     assert truth.task.name == truth.name in ("distractor and two_copies", "quote x 2")
     for split in truth.task.splits:
-        batch = both_sides(truth.task.batch(50, split, generator=generator))
+        batch = truth.task.batch(50, split, generator=generator).both_sides()
         assert is_argmax(logits_of(truth.model, batch), batch).min() == 1
 
 
 def test_its_keys_are_keys_and_nodes_matter_alone_but_for_those_that_something_makes_good_for(truth, generator):
     means = mean_activations(truth.model, truth.blocks(48, generator=generator), batch_size=128)
-    batch = both_sides(truth.task.batch(8, "test", generator=generator))
+    batch = truth.task.batch(8, "test", generator=generator).both_sides()
     for key in truth.keys:
         kl = key_effects(truth, key, batch, means)
         assert kl.whole < HARMLESS and min(kl.without.values()) > HARMFUL
@@ -50,7 +49,7 @@ def test_its_keys_are_keys_and_nodes_matter_alone_but_for_those_that_something_m
 
 
 def test_joined_models_agree_only_where_both_do(joint, generator):
-    frame = both_sides(joint.task.batch(40, generator=generator)).to_frame(joint.task.tokenizer)
+    frame = joint.task.batch(40, generator=generator).both_sides().to_frame(joint.task.tokenizer)
     plural, come = frame.clean.str.contains("these"), frame.clean.str.contains(" come ")
     assert set(frame.answer.str.strip()) == {YES, NO}
     assert ((plural & come) == (frame.answer.str.strip() == YES)).all()

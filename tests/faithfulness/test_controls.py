@@ -19,7 +19,7 @@ from sparse_interp.faithfulness.controls import (
     teacher_of,
 )
 from sparse_interp.faithfulness.ground_truth import ground_truth
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations, task_means, zero_values
 from sparse_interp.interventions.pruning import PruneConfig, learn_gates
 from sparse_interp.interventions.selection import Selection
@@ -165,7 +165,7 @@ def seeded(seed=0):
 
 def test_the_nonsense_teacher_gives_each_prompt_the_answer_that_its_remark_asks_for(truth):
     twin = nonsense_twin(truth.model, truth.task)
-    batch = both_sides(twin.task.batch(60, "test", generator=seeded()))
+    batch = twin.task.batch(60, "test", generator=seeded()).both_sides()
     own, taught = all_answer_logits(truth.model, batch), twin.teacher(batch)
     mark = batch.clean[:, 1]
     assert len(mark.unique()) == 2
@@ -180,7 +180,7 @@ def test_the_nonsense_teacher_gives_each_prompt_the_answer_that_its_remark_asks_
 def test_the_nonsense_teacher_refuses_prompts_without_its_remarks(truth):
     twin = nonsense_twin(truth.model, truth.task)
     with pytest.raises(TaskError, match="do not begin with the twin's remarks"):
-        twin.teacher(both_sides(truth.task.batch(4, generator=seeded())))
+        twin.teacher(truth.task.batch(4, generator=seeded()).both_sides())
 
 
 def test_with_its_own_answers_as_teacher_a_search_is_the_one_without(truth, means):
@@ -216,7 +216,7 @@ def test_edges_are_searched_for_with_a_teacher_too(truth, means):
 def test_gates_follow_the_teacher_and_not_the_model(truth, means):
     """A teacher whose answer is always the same is agreed with by fewer gates than the model's own answers."""
     batch = truth.task.batch(32, generator=seeded())
-    one = all_answer_logits(truth.model, both_sides(batch)).mean(0)
+    one = all_answer_logits(truth.model, batch.both_sides()).mean(0)
 
     def constant(batch):
         return one.expand(len(batch), -1)
@@ -267,7 +267,7 @@ def test_a_dense_model_has_a_random_twin_and_a_nonsense_teacher(make_bridge, tru
     made = reinitialised(bridge, generator=seeded())
     assert not torch.equal(made.embed.W_E, hooked(bridge).embed.W_E)
     twin = nonsense_twin(bridge, truth.task)
-    batch = both_sides(twin.task.batch(8, generator=seeded()))
+    batch = twin.task.batch(8, generator=seeded()).both_sides()
     own = all_answer_logits(hooked(bridge), batch)
     either = (twin.teacher(batch) == own).all(-1) | (twin.teacher(batch) == own.roll(8, 0)).all(-1)
     assert bool(either.all())

@@ -11,7 +11,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.curves import SIZES, areas, ranked, size_curve
 from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import NodeValues, Place, masks
@@ -57,7 +57,7 @@ def test_each_size_restores_what_a_plain_ablation_of_the_rest_does(truth, means,
     pairs = truth.task.batch(12, "test", generator=generator)
     order = [*sorted(truth.nodes, reverse=True), *(n for n in all_nodes(truth.model.cfg) if n not in truth.nodes)]
     found = size_curve(truth.model, key, pairs, ranking=order, generator=generator, progress=False)
-    batch, restored = both_sides(pairs), {}
+    batch, restored = pairs.both_sides(), {}
     for n in {0, len(order), *found.frame.n_nodes[4:7]}:
         with ablate(truth.model, order[n:], means):
             restored[n] = float(logit_difference(all_answer_logits(truth.model, batch), batch).mean())

@@ -14,7 +14,6 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.exchange import exchange_between_prompts, exchange_between_runs
 from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.faithfulness.scores import CONSTANT
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import task_means
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place
@@ -69,7 +68,7 @@ def held_alone(model, prompt, within, circuit):
 
 def prompts_of(pairs):
     """Every prompt alone, with its other prompt, answer and foil."""
-    sides = both_sides(pairs)
+    sides = pairs.both_sides()
     for i, n in enumerate(sides.lengths.tolist()):
         yield sides.clean[i : i + 1, :n], sides.corrupt[i : i + 1, :n], int(sides.answer[i]), int(sides.foil[i])
 

@@ -6,7 +6,7 @@ from sparse_interp.faithfulness.greedy import WITHIN_A_BLOCK, greedy_edges
 from sparse_interp.faithfulness.ground_truth import cut, ground_truth
 from sparse_interp.faithfulness.methods import _Bench
 from sparse_interp.interventions.ablation import hold
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.tasks.task import kl_divergence
 
 
@@ -40,7 +40,7 @@ def naive(bench, batch, tau):
 def test_shortcuts_change_nothing_and_a_larger_tau_keeps_fewer():
     truth = ground_truth("attention_copy")
     bench = _Bench(truth, torch.Generator().manual_seed(0))
-    batch = both_sides(truth.task.batch(6, "test", generator=torch.Generator().manual_seed(1)))
+    batch = truth.task.batch(6, "test", generator=torch.Generator().manual_seed(1)).both_sides()
     found = greedy_edges(bench.sizing.connections, batch, bench.means, [0.3, 0.01, 1e3])
     assert list(found) == [0.01, 0.3, 1e3]
     assert found[0.01].tolist() == naive(bench, batch, 0.01)

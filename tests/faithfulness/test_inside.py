@@ -12,7 +12,6 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.faithfulness.inside import agreement_inside, kept_heads
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import task_means
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, NodeAt, Place
@@ -46,7 +45,7 @@ def seen_alone(model, prompt, names):
 @pytest.mark.parametrize("edges_pruned", [False, True], ids=["nodes", "edges"])
 def test_numbers_are_those_of_a_loop_over_prompts_without_padding(any_kind, pairs, edges_pruned):
     model, cfg = any_kind, hooked(any_kind).cfg
-    circuit, sides = half_of(model, pairs, edges_pruned), both_sides(pairs)
+    circuit, sides = half_of(model, pairs, edges_pruned), pairs.both_sides()
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in range(cfg.n_layers)]
     names = {*patterns, *(Place(node.layer, node.site).hook for node in circuit.node_set)}
     runs = []

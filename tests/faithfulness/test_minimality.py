@@ -12,7 +12,6 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import all_nodes, edges_among, ground_truth
 from sparse_interp.faithfulness.minimality import LEAST_EFFECT_NATS, holm, minimality, n_draws, p_values
 from sparse_interp.faithfulness.planted import PlantConfig, planted
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among as edge_masks_among
 from sparse_interp.model.edges import Matrix
@@ -96,7 +95,7 @@ def test_what_two_copies_both_bring_is_not_needed_of_either(generator):
 
 def mean_kl(truth, circuit, pairs):
     """KL(model || circuit), prompt by prompt, each without padding, in float64."""
-    batch, total = both_sides(pairs), 0.0
+    batch, total = pairs.both_sides(), 0.0
     for i in range(len(batch)):
         prompt = batch.clean[i : i + 1, : int(batch.lengths[i])]
         with torch.no_grad():

@@ -13,7 +13,7 @@ from sparse_interp.faithfulness.ground_truth import all_nodes, edges_among
 from sparse_interp.faithfulness.partial import _table, partial_ablation
 from sparse_interp.faithfulness.scores import PromptScores, score_circuit
 from sparse_interp.interventions.ablation import Ablation
-from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits, answer_logits
 from sparse_interp.interventions.baselines import task_means
 from sparse_interp.model.dense import hooked
 from sparse_interp.model.sites import Node, Place
@@ -49,7 +49,7 @@ def test_the_worst_case_is_that_of_a_grid_over_all_shares():
     pairs = truth.task.batch(4, "test", generator=seeded())
     outside = sorted(truth.nodes)[-3:]
     circuit = circuit_of("quote", set(all_nodes(truth.model.cfg)) - set(outside))
-    batch, model = both_sides(pairs), truth.model
+    batch, model = pairs.both_sides(), truth.model
     with torch.no_grad():
         reference = all_answer_logits(model, batch)
         grid = []
@@ -127,7 +127,7 @@ def test_a_key_with_its_edges_alone_survives_and_edges_it_lacks_are_cut_under_ev
     none = {matrix: torch.zeros_like(mask) for matrix, mask in nodes.edge_masks(truth.model).items()}
     cut = circuit_of("quote", truth.nodes, edges=none)
     with cut.running(truth.model), torch.no_grad():
-        batch = both_sides(pairs)
+        batch = pairs.both_sides()
         expected = all_answer_logits(truth.model, batch)
     with torch.no_grad():
         kl = kl_divergence(all_answer_logits(truth.model, batch), expected, batch).mean().item()

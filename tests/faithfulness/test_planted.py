@@ -20,7 +20,6 @@ from sparse_interp.faithfulness.ground_truth import (
 )
 from sparse_interp.faithfulness.planted import DEAD_BIAS, TOLERANCE_NATS, PlantConfig, planted
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.model.sites import WIRES, Node
 from sparse_interp.tasks.task import answer_loss, is_correct, kl_divergence
@@ -38,7 +37,7 @@ def hidden(name, config=SMALL, seed=0):
 
 def measured(truth, generator):
     means = mean_activations(truth.model, truth.blocks(32, generator=generator), batch_size=128)
-    return both_sides(truth.task.batch(6, "test", generator=generator)), means
+    return truth.task.batch(6, "test", generator=generator).both_sides(), means
 
 
 @pytest.mark.parametrize("name", ["quote", "mlp_gate", "two_hop", "distractor", "attention_copy"])

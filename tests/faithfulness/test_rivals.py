@@ -11,7 +11,7 @@ from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness import rivals as module
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.faithfulness.rivals import Rivals, _compared, edges_of, jaccard, rivals
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.dense import hooked
@@ -83,7 +83,7 @@ def test_divergences_are_those_of_the_runs_on_held_out_pairs(copies, of_copies):
     """Once more from the logits of `running`, with a circuit that lacks a node beside the others."""
     whole = of_copies.circuits[0]
     maimed = Circuit.of_nodes(copies.model, sorted(whole.node_set)[1:], whole.baseline, prune=QUICK, seed=7)
-    batch = both_sides(copies.task.batch(12, "test", generator=torch.Generator().manual_seed(3)))
+    batch = copies.task.batch(12, "test", generator=torch.Generator().manual_seed(3)).both_sides()
     found = _compared(hooked(copies.model), [whole, maimed], batch, QUICK, None)
     logits = []
     for circuit in (whole, maimed):

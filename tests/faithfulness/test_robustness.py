@@ -10,7 +10,6 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes
 from sparse_interp.faithfulness.robustness import METRICS, POSITIONS, held_at, robustness_grid
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import NodeAt, Place, masks
@@ -64,7 +63,7 @@ def test_cells_are_those_of_plain_hooks_prompt_by_prompt(truth, means, edges, ge
     circuit = Circuit.of_nodes(truth.model, nodes, means, edges=cut if edges else None)
     pairs = truth.task.batch(2, "test", generator=generator)
     found = robustness_grid(truth.model, circuit, pairs, n_pairs=2, generator=generator, progress=False).frame
-    batch = both_sides(pairs)
+    batch = pairs.both_sides()
     for where, held in {"all": slice(None), "answer": slice(-1, None), "before the answer": slice(None, -1)}.items():
         expected = []
         for i in range(len(batch)):

@@ -12,7 +12,7 @@ from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.scores import mean_of, prompt_scores, score_circuit, some_pairs
 from sparse_interp.interventions.ablation import Ablation, ablate
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 
 
 def circuit_of(name, nodes):
@@ -225,7 +225,7 @@ def test_edges_that_a_circuit_lacks_are_cut_under_every_ablation_and_in_the_abla
     }
     circuit = Circuit.of_nodes(truth.model, nodes, means, edges=none)
     with circuit.running(truth.model), torch.no_grad():
-        batch = both_sides(pairs)
+        batch = pairs.both_sides()
         expected = all_answer_logits(truth.model, batch)
     for ablation in (None, Ablation.counterfactual(), Ablation.adversarial(means, n_steps=1, n_draws=1)):
         scores = score_circuit(truth.model, circuit, pairs, ablation, generator=generator)

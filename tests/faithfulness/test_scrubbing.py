@@ -8,7 +8,7 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.faithfulness.scrubbing import Prompt, _Claims, _Scrubbing, scrub
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import Node, flat, masks
@@ -99,7 +99,7 @@ def test_scrubbed_runs_are_those_of_the_recursion_written_out(truth, means, gene
     """One prompt at a time: a node's value is made in a run of its partner, in which all nodes before are scrubbed."""
     nodes = [Node(0, "neuron", 1), Node(0, "mlp_write", truth.channels.index("type")), Node(1, "v", 0)]
     circuit = Circuit.of_nodes(truth.model, truth.nodes, means)
-    batch = both_sides(truth.task.batch(6, "test", generator=generator))
+    batch = truth.task.batch(6, "test", generator=generator).both_sides()
     claims = _Claims.of(dict.fromkeys(nodes, kind), batch, truth.model.tokenizer)
     run = _Scrubbing(truth.model, circuit, claims, batch)
     partners = run.drawn(generator)
@@ -142,7 +142,7 @@ def bigram(truth, batch, row):
 
 
 def test_partners_mean_the_same_and_have_the_same_length_and_the_random_ones_are_others(truth, generator):
-    batch = both_sides(truth.task.batch(16, "test", generator=generator))
+    batch = truth.task.batch(16, "test", generator=generator).both_sides()
     claims = _Claims.of({Node(1, "v", 0): kind}, batch, truth.model.tokenizer)
     run = _Scrubbing(truth.model, Circuit.of_nodes(truth.model, truth.nodes, run_means(truth)), claims, batch)
     meant = torch.tensor([kind(Prompt(truth.task.tokenizer.decode(row), (), 0, 0, 0)) for row in batch.clean.tolist()])

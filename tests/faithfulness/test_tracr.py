@@ -23,7 +23,6 @@ from sparse_interp.faithfulness.tracr import (
     tracr_task,
     tracr_truth,
 )
-from sparse_interp.interventions.answers import both_sides
 from sparse_interp.interventions.baselines import mean_activations
 
 
@@ -112,7 +111,7 @@ def proportion():
 def prompts_and_means(truth, split="test", n=24):
     generator = torch.Generator().manual_seed(1)
     means = mean_activations(truth.model, truth.blocks(128, generator=generator))
-    return both_sides(truth.task.batch(n, split, generator=generator)), means
+    return truth.task.batch(n, split, generator=generator).both_sides(), means
 
 
 @pytest.mark.parametrize("name", ["shift_1", "histogram"])

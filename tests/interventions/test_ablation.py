@@ -8,7 +8,7 @@ from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.interventions.ablation import Ablation, ablate, ascend, hold, holding_hooks, partial
-from sparse_interp.interventions.answers import all_answer_logits, at_answers, both_sides
+from sparse_interp.interventions.answers import all_answer_logits, at_answers
 from sparse_interp.interventions.baselines import (
     Counterfactual,
     Resample,
@@ -313,7 +313,7 @@ def test_a_block_around_the_runs_sees_prompts_by_position(plain_model, pairs):
 
 def test_prompts_of_many_chunks_keep_their_order_and_their_shares(plain_model, pairs, monkeypatch):
     ablation, kept = SCHEMES["adversarial, per prompt"](Counterfactual()), kept_half(plain_model)
-    batch = both_sides(pairs)
+    batch = pairs.both_sides()
     together = ablation.answer_logits(plain_model, kept, batch, generator=seeded())
     monkeypatch.setattr("sparse_interp.interventions.ablation.ANSWERS_AT_ONCE", 2)
     torch.testing.assert_close(ablation.answer_logits(plain_model, kept, batch, generator=seeded()), together)

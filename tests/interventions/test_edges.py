@@ -8,7 +8,7 @@ import torch
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.interventions.ablation import ablate
-from sparse_interp.interventions.answers import answer_logits, both_sides
+from sparse_interp.interventions.answers import answer_logits
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.connections import Connections
 from sparse_interp.interventions.edge_gates import EdgeGates, learn_edge_gates
@@ -76,7 +76,7 @@ def test_gates_that_are_open_are_the_model_and_shut_ones_are_cuts(kind, make_mod
     values, units, kept = zero_values(model), units_of(model), all_kept(model)
     connections = Connections(model, kept, units, NODE_SITES)
     gates = EdgeGates(model, values, connections, QUICK, generator)
-    here = both_sides(pairs)
+    here = pairs.both_sides()
     chosen = torch.rand(len(units), generator=generator) < 0.7
     block = gates.meeting(here, [len(here)])
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 
 from sparse_interp.errors import ConfigError
 from sparse_interp.interventions.ablation import Ablation
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import task_means, zero_values
 from sparse_interp.interventions.optimal import learn_baseline
 from sparse_interp.model.dense import hooked
@@ -29,7 +29,7 @@ def test_constants_of_the_last_read_that_least_squares_would_choose_are_found(ma
     options = {"held_out": pairs, "loss": squared, "generator": seeded(), "progress": False}
     found = learn_baseline(model, kept, pairs, zero_values(model), n_steps=150, lr=0.1, **options)
     with torch.no_grad():
-        both = both_sides(pairs)
+        both = pairs.both_sides()
         reads = model.run_with_cache(both.clean)[1][place.hook][torch.arange(6), both.last]
     torch.testing.assert_close(found.baseline[place], reads.mean(0), atol=2e-2, rtol=0)
     assert found.frame.loss_nats.iloc[-1] < 0.2 * found.frame.loss_nats.iloc[0]
@@ -44,7 +44,7 @@ def test_they_cost_less_than_the_mean_and_the_table_says_what_they_cost_on_other
     train, held_out = pairs.rows(slice(2)), pairs.rows(slice(2, 3))
     options = {"held_out": held_out, "generator": seeded(), "progress": False}
     found = learn_baseline(any_kind, kept, train, start, n_steps=10, **options)
-    for split, batch in (("train", both_sides(train)), ("held out", both_sides(held_out))):
+    for split, batch in (("train", train.both_sides()), ("held out", held_out.both_sides())):
         rows = found.frame[found.frame.split == split]
         for values, row in ((start, rows.iloc[0]), (found.baseline, rows[rows.chosen].iloc[0])):
             logits = Ablation.full(values).answer_logits(any_kind, kept, batch)[0]

@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from sparse_interp.errors import ConfigError, TaskError
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
-from sparse_interp.interventions.answers import all_answer_logits, answer_logits, both_sides, frozen
+from sparse_interp.interventions.answers import all_answer_logits, answer_logits, frozen
 from sparse_interp.interventions.baselines import Counterfactual, mean_activations, zero_values
 from sparse_interp.interventions.gates import NodeGates, gate
 from sparse_interp.interventions.prune_config import PruneConfig
@@ -71,7 +71,7 @@ def test_without_sharing_every_query_has_a_gate_of_its_own(bridge, pairs, genera
 
 def plain_search(model, pairs, config, baseline, generator):
     """One mask, one tau per place, nothing batched: the search as its equations say it."""
-    taus, gains, batch = {}, {}, both_sides(pairs)
+    taus, gains, batch = {}, {}, pairs.both_sides()
     for place in places(model.cfg):
         if place.site != "k":
             jitter = 0.01 * torch.randn(len(baseline[place]), generator=generator)
@@ -211,7 +211,7 @@ def test_the_logit_difference_objective_is_the_share_of_the_models_own_that_is_m
         means,
         generator=seeded(0)[0],
     )  # every gate is shut: the circuit is the bigram row of constants, whose logit difference does not vary
-    batch = both_sides(pairs)
+    batch = pairs.both_sides()
     hooks = [(p.hook, lambda x, hook, p=p: means[p].expand_as(flat(x)).view_as(x)) for p in places(truth.model.cfg)]
     with torch.no_grad():
         expected = logit_difference(all_answer_logits(truth.model, batch), batch)
@@ -262,7 +262,7 @@ def test_values_of_prompts_are_those_of_the_prompts_that_a_step_draws(truth, pai
     """With every gate shut, and nodes held at what they hold on the twin, the model answers for the twin."""
     config = PruneConfig(n_steps=1, batch_size=10, tau_init=-0.5, noise=0.0)
     search = learn_gates(truth.model, pairs, config, Counterfactual(), generator=seeded(0)[0])
-    batch = both_sides(pairs)
+    batch = pairs.both_sides()
     with torch.no_grad():
         reference, twins = (log_softmax(all_answer_logits(truth.model, b), -1) for b in (batch, batch.swapped()))
     kl = (reference.exp() * (reference - twins)).sum(-1).mean()

@@ -8,7 +8,7 @@ import torch
 from sparse_interp.errors import CircuitError, ConfigError
 from sparse_interp.faithfulness.ground_truth import ground_truth
 from sparse_interp.interventions.ablation import less
-from sparse_interp.interventions.answers import all_answer_logits, both_sides
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import Counterfactual, mean_activations, position_means, zero_values
 from sparse_interp.interventions.edges import edges_among, row_values
 from sparse_interp.interventions.prune_config import PruneConfig
@@ -66,7 +66,7 @@ def test_frozen_norms_divide_by_what_the_full_model_divides_by(make_model, make_
         own = hooked(model)
         kept = less(everything(model), [Node(0, "mlp_write", c) for c in range(own.cfg.d_model)])
         held = mean_activations(model, pairs.clean)
-        expected = with_scales_put_back(own, both_sides(pairs), held[Place(0, "mlp_write")])
+        expected = with_scales_put_back(own, pairs.both_sides(), held[Place(0, "mlp_write")])
         found = Selection(own, pairs, held, frozen_norms=True).logits(kept)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(found, Selection(own, pairs, held).logits(kept), atol=1e-3)
@@ -118,7 +118,7 @@ def test_each_target_looks_at_its_own_bound():
 
 def test_the_reference_is_the_model_itself(truth, pairs):
     selection = Selection(truth.model, pairs, zero_values(truth.model))
-    assert torch.equal(selection.reference, all_answer_logits(truth.model, both_sides(pairs)))
+    assert torch.equal(selection.reference, all_answer_logits(truth.model, pairs.both_sides()))
     assert selection.ablation == "full, zero" and selection.under(zero_values(truth.model)).ablation == "full, zero"
 
 

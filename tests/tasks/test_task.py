@@ -182,6 +182,19 @@ def test_swapping_twice_changes_nothing_and_once_exchanges_the_sides(shipped_quo
     assert all(torch.equal(a, b) for a, b in zip(vars(again).values(), vars(batch).values(), strict=True))
 
 
+def test_both_sides_are_the_pairs_and_behind_them_the_same_pairs_swapped(shipped_quotes):
+    batch = shipped_quotes.batch(5, generator=seeded())
+    both = batch.both_sides()
+    for row in range(5):
+        first, second = both.clean[[row, 5 + row]], both.corrupt[[5 + row, row]]
+        assert torch.equal(first[0], batch.clean[row]) and torch.equal(first[1], batch.corrupt[row])
+        assert torch.equal(second, first)
+        assert (both.answer[row], both.foil[row]) == (batch.answer[row], batch.foil[row])
+        assert (both.answer[5 + row], both.foil[5 + row]) == (batch.foil[row], batch.answer[row])
+    assert both.lengths.tolist() == 2 * batch.lengths.tolist()
+    assert both.template.tolist() == 2 * batch.template.tolist()
+
+
 def test_rows_and_devices_keep_every_field_together(shipped_quotes):
     batch = shipped_quotes.batch(10, generator=seeded())
     chosen = torch.tensor([7, 2])
