@@ -535,7 +535,8 @@ MEASURED = (
 def by_setting(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and kind of model: how it recovers keys, how real circuits do, and the gap to nonsense.
 
-    Means over cells of the real task, medians of sizes and gaps; `tasks` counts cells, `found` those with a circuit.
+    Means over cells of the real task, medians of sizes and gaps; `tasks` counts cells, `found` those with a circuit,
+    `audits` those that were audited and `audit_*` how many of these keep that bound.
     """
     gap, rows = gaps(frame), []
     frame = frame.reindex(columns=frame.columns.union(MEASURED, sort=False))  # all missing where nothing was found
@@ -618,7 +619,6 @@ def said(settings: pd.DataFrame, gap: pd.DataFrame, beside: pd.DataFrame) -> lis
         sentences += [_said_of_losses(kind, row) for row in here[here.setting.isin(MAIN[:2])].itertuples()]
         compared = beside[(beside.kind == kind) & beside.setting.isin(MAIN)]
         sentences += [_said_beside(kind, row) for row in compared.itertuples()]
-        sentences += [_said_of_audits(kind, row) for row in here[here.audits > 0].itertuples()]
     return [*sentences, chosen(settings, beside)]
 
 
@@ -681,14 +681,6 @@ def _said_beside(kind: str, row: Any) -> str:
         f"On the same {row.tasks} {kind} tasks, {row.setting} has {row.nodes_ratio:.3g} times the nodes of "
         f"{DEFAULT} and takes {row.search_seconds_ratio:.3g} times as long; the worst partial ablation leaves its "
         f"circuits {row.worst_kl_nats:.3g} nats from their model, those of {DEFAULT} {row.worst_kl_nats_default:.3g}."
-    )
-
-
-def _said_of_audits(kind: str, row: Any) -> str:
-    kept = ", ".join(f"{about} {getattr(row, name)}" for name, about in AUDITED.items())
-    return (
-        f"Of {row.audits} {kind} circuits searched for {row.setting}, so many keep the quick audit's bounds: {kept}; "
-        f"{row.audit_idle_share:.0%} of their nodes are not told from random extra ones."
     )
 
 
