@@ -167,7 +167,7 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         )
         if n_pos is not None:
             masks_at(spots, model.cfg, n_pos)  # refuses positions that the prompts do not have
-            frame["positions"] = [" ".join(str(s.pos) for s in sorted(spots) if s.node == node) for node in kept]
+            frame["positions"] = _positions(spots, kept)
         return cls(
             n_pos=n_pos,
             nodes=frame,
@@ -307,7 +307,7 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         if self.n_pos is not None:
             raise CircuitError(
                 f"{what} is for nodes at all positions, and this circuit keeps nodes at positions of prompts of "
-                f"{self.n_pos} tokens; Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them at all."
+                f"{self.n_pos} tokens; Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them everywhere."
             )
 
     def check_model(self, model: AnyModel) -> None:
@@ -333,32 +333,42 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         Of pruned edges those stay that are weights of that model too; its other weights between the nodes are cut.
         """
         edges = self.edge_masks(model) if self.edges_pruned else None
-        nodes = self.node_set if self.n_pos is None else self.spots
         origin = {"sites": self.sites, "edges": edges, "n_pos": self.n_pos}
-        moved = Circuit.of_nodes(model, nodes, baseline or self.baseline, **origin)
+        moved = Circuit.of_nodes(model, self._members, baseline or self.baseline, **origin)
         return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
 
     # -- set algebra ------------------------------------------------------------------------------------------------
 
-    def _combined(
-        self, other: "Circuit", nodes: Iterable[Node], weights: pd.DataFrame, edges_pruned: bool
-    ) -> "Circuit":
-        for circuit in (self, other):
-            circuit.check_all_positions("set algebra")
+    @property
+    def _members(self) -> frozenset[Node] | frozenset[NodeAt]:
+        """The nodes, each at its positions if the circuit says positions."""
+        return self.node_set if self.n_pos is None else self.spots
+
+    def _combined(self, other: "Circuit", members: frozenset, weights: pd.DataFrame, edges_pruned: bool) -> "Circuit":
+        if self.n_pos != other.n_pos:
+            ends = (f"positions of prompts of {n} tokens" if n else "all positions" for n in (self.n_pos, other.n_pos))
+            raise CircuitError(
+                f"circuits do not combine where one keeps nodes at {next(ends)} and the other at {next(ends)}; "
+                "Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them everywhere."
+            )
         if self.model_sha256 != other.model_sha256:
             raise CircuitError(
                 f"circuits of different models do not combine: {self.model_name} ({self.model_sha256[:12]}) and "
                 f"{other.model_name} ({other.model_sha256[:12]})."
             )
+        nodes = members if self.n_pos is None else {spot.node for spot in members}
         wanted = {str(node) for node in nodes}
         both_nodes = pd.concat([self.nodes, other.nodes]).drop_duplicates(["layer", "site", "channel"])
         in_order = [(_order(self.cfg)[Place(*row[:2])], row[2]) for row in _places_of(both_nodes)]
         both_nodes = both_nodes.iloc[sorted(range(len(in_order)), key=in_order.__getitem__)]
         names = [str(Node(*row)) for row in _places_of(both_nodes)]
         weights = weights[weights.source.isin(wanted) & weights.target.isin(wanted)]
+        frame = both_nodes[[name in wanted for name in names]].reset_index(drop=True)
+        if self.n_pos is not None:
+            frame["positions"] = _positions(members, [Node(*row) for row in _places_of(frame)])
         return replace(
             self,
-            nodes=both_nodes[[name in wanted for name in names]].reset_index(drop=True),
+            nodes=frame,
             edges=with_wires(weights, nodes, self.cfg),
             edges_pruned=edges_pruned,
             scores=self.scores.iloc[:0],
@@ -366,10 +376,13 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         )
 
     def __and__(self, other: "Circuit") -> "Circuit":
-        """Nodes in both, with the edges between them; where edges were pruned, those that are in both."""
+        """Nodes in both, with the edges between them; where edges were pruned, those that are in both.
+
+        Circuits that keep nodes at positions combine position by position, here and below.
+        """
         pruned, weights = self.edges_pruned or other.edges_pruned, weights_of(self, other)
         weights = weights[weights.duplicated(EDGE_KEY)] if pruned else weights.drop_duplicates(EDGE_KEY)
-        return self._combined(other, self.node_set & other.node_set, weights, pruned)
+        return self._combined(other, self._members & other._members, weights, pruned)
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Nodes of either, with the edges that either knows.
@@ -386,11 +399,11 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
                 stacklevel=2,
             )
         weights = weights_of(self, other).drop_duplicates(EDGE_KEY)
-        return self._combined(other, self.node_set | other.node_set, weights, pruned)
+        return self._combined(other, self._members | other._members, weights, pruned)
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         """Nodes of this one that the other lacks, with the edges between them."""
-        return self._combined(other, self.node_set - other.node_set, weights_of(self), self.edges_pruned)
+        return self._combined(other, self._members - other._members, weights_of(self), self.edges_pruned)
 
     def to_networkx(self) -> DiGraph:
         """Nodes with their columns, edges with theirs, as a directed graph.
@@ -423,6 +436,14 @@ def _places_of(nodes: pd.DataFrame) -> list[tuple[int, str, int]]:
     """Layer, site and channel of each row."""
     columns = nodes[["layer", "site", "channel"]]
     return [(int(layer), str(site), int(c)) for layer, site, c in columns.itertuples(index=False)]
+
+
+def _positions(spots: Iterable[NodeAt], nodes: Iterable[Node]) -> list[str]:
+    """Of each node the positions that it is kept at, as the table of nodes has them."""
+    at: dict[Node, list[str]] = {}
+    for spot in sorted(spots):
+        at.setdefault(spot.node, []).append(str(spot.pos))
+    return [" ".join(at[node]) for node in nodes]
 
 
 def _may_be_joined(first: Iterable[Node], second: Iterable[Node]) -> bool:

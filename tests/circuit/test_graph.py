@@ -14,7 +14,7 @@ from sparse_interp.interventions.ablation import holding_hooks
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.edges import cutting, edges_among
 from sparse_interp.model.dense import hooked
-from sparse_interp.model.sites import NODE_SITES, WIRES, Node, Place, flat, masks
+from sparse_interp.model.sites import NODE_SITES, WIRES, Node, NodeAt, Place, flat, masks
 
 
 def edges_by_brute_force(model, nodes):
@@ -295,6 +295,30 @@ def test_circuits_combine_as_sets_of_nodes(plain_model, some_nodes, zero):
         assert known == expected if combined is not union else known < expected
         assert {row for row in known if row[2] == "residual"} == {row for row in expected if row[2] == "residual"}
         assert combined.transplanted(plain_model).edges.equals(anew.edges)
+
+
+def test_circuits_over_positions_combine_position_by_position(plain_model, some_nodes, tokens):
+    means, n_pos = mean_activations(plain_model, tokens), tokens.shape[1]
+
+    def spots_of(first_seed):
+        drawn = [some_nodes(plain_model, 0.5, seed=first_seed + pos) for pos in range(n_pos)]
+        found = {NodeAt(*node, pos) for pos, nodes in enumerate(drawn) for node in nodes}
+        return {spot for spot in found if spot.site != "final_read" or spot.pos == n_pos - 1}  # read there alone
+
+    first, second = spots_of(0), spots_of(n_pos)
+    a, b = (Circuit.of_nodes(plain_model, spots, means, n_pos=n_pos) for spots in (first, second))
+    for combined, spots in ((a & b, first & second), (a | b, first | second), (a - b, first - second)):
+        anew = Circuit.of_nodes(plain_model, spots, means, n_pos=n_pos)
+        assert combined.spots == spots and combined.nodes.equals(anew.nodes)
+        assert combined.transplanted(plain_model).edges.equals(anew.edges)
+    with torch.no_grad():
+        with (a & b).running(plain_model):
+            expected = plain_model(tokens)
+        with a.running(plain_model), b.running(plain_model):
+            assert torch.equal(plain_model(tokens), expected)
+    for other in (Circuit.of_nodes(plain_model, b.node_set, means), replace(b, n_pos=n_pos + 1)):
+        with pytest.raises(CircuitError, match=f"one keeps nodes at positions of prompts of {n_pos} tokens and the"):
+            a | other
 
 
 def test_a_union_with_a_part_of_itself_knows_all_edges_and_does_not_warn(plain_model, some_nodes, zero):
