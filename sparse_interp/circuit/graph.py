@@ -307,7 +307,8 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         if self.n_pos is not None:
             raise CircuitError(
                 f"{what} is for nodes at all positions, and this circuit keeps nodes at positions of prompts of "
-                f"{self.n_pos} tokens; Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them everywhere."
+                f"{self.n_pos} tokens; "
+                "Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them everywhere."
             )
 
     def check_model(self, model: AnyModel) -> None:
