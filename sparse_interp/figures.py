@@ -231,16 +231,19 @@ def audit_gap(study: pd.DataFrame, audits: pd.DataFrame) -> Drawn:
     ]
     frame = pd.concat([frame, pd.DataFrame(more, columns=frame.columns)], ignore_index=True) if more else frame
     frame = frame.assign(nodes=frame.nodes.where(frame.found.astype(bool)), found=frame.found.astype(bool))
-    real = frame[(frame.twin == REAL) & (frame.setting == "agreement")].groupby("task").nodes.min()
-    tasks = list(real.sort_values(ascending=False).index)
-    frame = frame[frame.task.isin(tasks)]
+    several = frame.model.nunique() > 1
+    frame = frame.assign(name=[f"{row.task}, {word(row.model)}" if several else row.task for row in frame.itertuples()])
+    real = frame[(frame.twin == REAL) & (frame.setting == "agreement")].groupby(["model", "name"]).nodes.min()
+    real = real.reset_index().sort_values(["model", "nodes"], ascending=False)
+    tasks = list(real.name)
+    frame = frame[frame.name.isin(tasks)]
     axes = panels(1, 2, width=8.6, height=1.2 + 0.36 * len(tasks), sharey=True)
     twins, edge = (REAL, NONSENSE, REINITIALISED), float(frame.all_nodes.max())
     for ax, setting in zip(axes, ("task loss", "agreement"), strict=True):
         ax.axvspan(edge * 1.3, edge * 4, color=FAINT, alpha=0.5, linewidth=0)
         for i, twin in enumerate(twins):
             part = frame[(frame.setting == setting) & (frame.twin == twin)]
-            at = np.array([tasks.index(task) + 0.2 * (1 - i) for task in part.task])
+            at = np.array([tasks.index(name) + 0.2 * (1 - i) for name in part.name])
             look = line_look(i) | {"linestyle": "none", "markersize": 6}
             there = part.found.to_numpy()
             ax.plot(part.nodes[there], at[there], label=WORDS[twin], **look)
@@ -262,7 +265,7 @@ def audit_gap(study: pd.DataFrame, audits: pd.DataFrame) -> Drawn:
         f"{listed(frame.all_nodes)} nodes meets the rule. Searches that end with a circuit: {said}. One search per "
         f"point, seed {listed(frame.seed)}: no interval."
     )
-    return Drawn(frame, axes[0], caption)
+    return Drawn(frame.drop(columns="name"), axes[0], caption)
 
 
 WORDS = {REAL: "real task", NONSENSE: "nonsense twin", REINITIALISED: "re-initialised network"}

@@ -178,14 +178,9 @@ def _density_and_size(results: Path) -> Drawn:
     return figures.density_and_size(read(results, "density_and_size.json")[0])
 
 
-def _of_sparse(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the sparse model; of the dense twin only some tasks have been searched so far."""
-    _, dense = MODEL_WORDS
-    return frame[frame.model != dense] if "model" in frame else frame
-
-
 def _circuit_size(results: Path) -> Drawn:
-    return figures.circuit_size(_of_sparse(read(results, "size_curves.csv")[0]))
+    curves, (_, dense) = read(results, "size_curves.csv")[0], MODEL_WORDS
+    return figures.circuit_size(curves[curves.model != dense] if "model" in curves else curves)  # a line per task
 
 
 def _frontier(results: Path) -> Drawn:
@@ -200,8 +195,7 @@ def _necessity_and_sufficiency(results: Path) -> Drawn:
 
 
 def _audit_gap(results: Path) -> Drawn:
-    study, audits = (_of_sparse(read(results, name)[0]) for name in ("faithful_pruning.csv", "audits.csv"))
-    return figures.audit_gap(study, audits)
+    return figures.audit_gap(*(read(results, name)[0] for name in ("faithful_pruning.csv", "audits.csv")))
 
 
 def _recovery_board(results: Path) -> Drawn:

@@ -332,13 +332,21 @@ def test_a_size_is_the_smallest_that_reaches_the_target_and_the_curve_never_rise
     assert (rows.sort_values("target_nats").nodes.diff().dropna() <= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "made"), [("circuit_size", "size_curves", curves), ("audit_gap", "faithful_pruning", study)]
-)
-def test_searches_of_the_dense_twin_are_left_out_where_a_figure_is_of_the_sparse_model(name, file, made, tmp_path):
-    both = pd.concat([made(), made().assign(model=MODELS[1])])
-    frame = FIGURES[name].draw(written(tmp_path, **{file: both})).frame
+def test_searches_of_the_dense_twin_are_left_out_where_a_line_is_a_task_of_the_sparse_model(tmp_path):
+    both = pd.concat([curves(), curves().assign(model=MODELS[1])])
+    frame = FIGURES["circuit_size"].draw(written(tmp_path, size_curves=both)).frame
     assert set(frame.model) == {MODELS[0]} and len(frame) > 0
+
+
+def test_the_gap_names_the_model_of_a_task_where_there_are_two(tmp_path):
+    both = pd.concat([study(), study().assign(model=MODELS[1], nodes=study().nodes + 50)])
+    drawn = FIGURES["audit_gap"].draw(written(tmp_path, faithful_pruning=both))
+    labels = [label.get_text() for label in drawn.ax.get_yticklabels()]
+    assert labels == [f"{task}, {model}" for model in ("dense", "sparse") for task in reversed(TASKS)]
+    at = {label: i for i, label in enumerate(labels)}
+    real, *_ = drawn.ax.lines
+    drawn_at = dict(zip(np.round(real.get_ydata() - 0.2).astype(int), real.get_xdata(), strict=True))
+    assert drawn_at[at[f"{TASKS[0]}, dense"]] == 70 and drawn_at[at[f"{TASKS[0]}, sparse"]] == 20
 
 
 def test_a_control_of_a_full_audit_stands_beside_the_study_and_replaces_nothing_of_it(results):
