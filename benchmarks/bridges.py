@@ -8,7 +8,9 @@
     causal     each node of the circuits of the tasks that both models solve is ablated, and the change carried over:
                how alike the two models' logit differences change, on held-out prompts (`si.evaluate_bridge`)
     steering   the dense model pushed along a feature of the sparse one, at the last position of held-out prompts: how
-               the probability of a target changes, beside pushes of equal norm, and what they cost on text
+               the probability of a target changes, beside pushes of equal norm, and what they cost on text. Which one
+               is chosen on training prompts, from which the difference of means is, too: of the eight channels that
+               move the sparse model's answer most, that along which the dense model moves most at less than 1 % of text
 
 Every part stands beside its controls: least squares alone (`ridge map`), an `untrained sparse model`, maps of the
 `wrong site`, and for changes that are carried a `random direction` and the `difference of means` at equal norm.
@@ -55,7 +57,9 @@ from sparse_interp.results import write_whole
 SPARSE, DENSE = "stdlib-small", "stdlib-small-dense"
 PARTS = ("text", "causal", "steering")
 N_BLOCKS, N_PATHS, N_PAIRS, N_FIT, N_STEERED, N_SOUGHT, N_RANDOM = 48, 8, 12, 32, 32, 256, 100
-VALUES = (0.5, 1.0, 2.0, 4.0, 8.0)
+N_TRIED, N_TEXT, MOST_LOST = 8, 12, 0.01
+"""Features to choose from on training prompts, blocks of other text beside them, and what a push may cost there."""
+VALUES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Pushes, in units of the difference that the feature makes between the two sides of the task in the sparse model."""
 
 
@@ -200,7 +204,7 @@ def less(sums: Tensor) -> Tensor:
 
 
 def steering(bridge: si.Bridge, sparse: Any, dense: Any, example: Example, path: Path) -> dict[str, Any]:
-    """The curve of one behaviour, along the feature that moves it most in the sparse model on training prompts."""
+    """The curve of one behaviour, along a feature that is chosen on training prompts."""
     task, generator = si.task(example.task, sparse.tokenizer), torch.Generator().manual_seed(0)
     before, target = (sparse.tokenizer.encode(text, add_special_tokens=False) for text in example[2:])
     train, held_out = (
@@ -208,11 +212,11 @@ def steering(bridge: si.Bridge, sparse: Any, dense: Any, example: Example, path:
         for split in ("train", "test")
     )
     candidates = [node for node in nodes_of(circuit_of(sparse, task, path)) if node.site.endswith("_write")]
-    node, effect = strongest(sparse, train, candidates)
-    unit = difference(sparse, train, node)
-    held_out = held_out.rows(slice(N_STEERED))
     fit = task.batch(N_SOUGHT, "train", generator=generator)
     fit = fit.rows(((fit.answer == target[0]) | (fit.foil == target[0])).nonzero()[:, 0])
+    strong = strongest(sparse, train, candidates)
+    node, unit = chosen(bridge, sparse, dense, train, list(strong), target[0], fit)
+    held_out = held_out.rows(slice(N_STEERED))
     table = si.steering_curve(
         bridge,
         sparse,
@@ -227,7 +231,7 @@ def steering(bridge: si.Bridge, sparse: Any, dense: Any, example: Example, path:
         generator=generator,
     )
     about = {"example": example.name, "from": example.before, "to": example.target, "n_prompts": len(held_out)}
-    about |= {"effect_in_sparse_logits": effect, "unit": unit}
+    about |= {"effect_in_sparse_logits": strong[node], "unit": unit}
     rows = json.loads(table.frame.to_json(orient="records", double_precision=15))
     return {"rows": [about | row for row in rows]}
 
@@ -241,11 +245,45 @@ def pairs_between(batch: si.TaskBatch, before: int, target: int) -> si.TaskBatch
     return si.TaskBatch(*(torch.cat(held) for held in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def strongest(sparse: Any, train: si.TaskBatch, nodes: list[si.Node]) -> tuple[si.Node, float]:
-    """The node that, holding at the last position what it holds in the other prompt, moves the answer most to it."""
+def strongest(sparse: Any, train: si.TaskBatch, nodes: list[si.Node]) -> dict[si.Node, float]:
+    """The nodes that, holding at the last position what they hold in the other prompt, move the answer most to it."""
     table = si.patch_nodes(sparse, train, nodes=nodes, positions=[-1], direction="noising", progress=False)
-    row = table.frame.loc[table.frame.effect.idxmin()]
-    return si.Node(int(row.layer), row.site, int(row.channel)), float(row.effect)
+    rows = table.frame.nsmallest(N_TRIED, "effect").itertuples()
+    return {si.Node(int(row.layer), row.site, int(row.channel)): float(row.effect) for row in rows}
+
+
+def chosen(
+    bridge: si.Bridge,
+    sparse: Any,
+    dense: Any,
+    train: si.TaskBatch,
+    nodes: list[si.Node],
+    target: int,
+    fit: si.TaskBatch,
+) -> tuple[si.Node, float]:
+    """Along which node the dense model moves most on training prompts, at little loss on text, and one unit of it."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for node in nodes:
+        unit = difference(sparse, train, node)
+        table = si.steering_curve(
+            bridge,
+            sparse,
+            dense,
+            node,
+            [unit * value for value in VALUES],
+            train.rows(slice(N_STEERED)),
+            target=target,
+            fit=fit,
+            blocks=some_text(2)[:N_TEXT],
+            n_random=1,
+            generator=generator,
+            progress=False,
+        )
+        frame = table.frame[table.frame.direction == "feature"]
+        allowed = frame[frame.loss_change_frac < MOST_LOST]
+        found.append((float(allowed.change.max()) if len(allowed) else -1.0, node, unit))
+    _, node, unit = max(found)
+    return node, unit
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@
     causal            a node of the sparse model is ablated, and the difference is carried over: do logit differences of
                       both models change alike?  With s and d the changes, over all nodes of circuits and their prompts,
                       agreement  =  2 sum s d / (sum s^2 + sum d^2):   1 only if d = s, 0 if they have nothing in common
-    missing           channels of the sparse stream that the dense stream does not say, whatever the bridge, and those
-                      of which that cannot be told (`bridges/missing.py`)
+    missing           how much the dense stream says of channels of the sparse one, whatever the bridge; which it says
+                      less of than of the rest; and those of which that cannot be told (`bridges/missing.py`)
 
 `agreement` is Lin's concordance (1989, Biometrics 45) about zero; beside it the share of equal signs, the size ratio
 sum s d / sum s^2, and Pearson's correlation. The controls: a `ridge map` fitted by least squares; an `untrained sparse
@@ -52,6 +52,7 @@ from sparse_interp.tasks.task import TaskBatch, logit_difference
 BRIDGE, RIDGE, UNTRAINED, WRONG = "bridge", "ridge map", "untrained sparse model", "wrong site"
 RANDOM, MEANS = "random direction", "difference of means"
 LACKED, OPEN = "missing: share of its own that is said", "cannot be told whether missing"
+SAID = "share of its own that is said, median channel"
 
 FELT = 1e-3
 """Logits by which an ablation changes a prompt's logit difference before the sign of that is asked about."""
@@ -200,6 +201,7 @@ def evaluate(
         lost = missing_features(model, other, bridge.pairs, blocks, fit_blocks=fit_blocks)
     rows += [("missing", f"channel {c}", BRIDGE, LACKED, share, nan, nan) for c, share in lost.missing.items()]
     rows += [("missing", f"channel {c}", BRIDGE, OPEN, nan, nan, nan) for c in lost.undecided]
+    rows += [("missing", str(pair), BRIDGE, SAID, share, nan, nan) for pair, share in lost.said.items()]
     return BridgeTable(pd.DataFrame(rows, columns=list(BridgeTable.columns)))
 
 

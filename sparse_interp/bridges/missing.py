@@ -1,11 +1,15 @@
 """Which features of a sparse model a dense one does not have, as far as text can tell.
 
-A channel of the sparse stream is a feature that the dense model has, if its stream says linearly what no other channel
-of the sparse stream says:
+A channel of the sparse stream is a feature that the dense model has, if its stream says linearly some of what no other
+channel of the sparse stream says:
 
-    own      =  variance of the channel that the other channels of its stream do not predict
-    error    =  squared error of predicting the channel from the dense stream, on held-out text
-    found    if  error < own / 2,      missing if not
+    own      =  squared error of predicting the channel from the other channels of its stream, on held-out text
+    beside   =  the same, from these and the dense stream together
+    said     =  1 - beside / own                                    between twins 1 if it has the feature, and else 0
+    missing  if  said < half of what is said of the median channel at that site, or < LEAST
+
+Between models trained apart a dense stream says a little of everything. `said` of the median channel tells how much,
+and the mark is half of it, so that missing is what stands back behind the rest; how far, its own share says.
 
 Where the others predict nearly all of a channel (own below `OWN` of its variance), or it is constant, the dense stream
 says it whether or not it has the feature: that cannot be told there. What a missing feature leads to is missing too, or
@@ -13,11 +17,14 @@ is another thing, in all that is behind it. So sites are gone through in order, 
 run without what has been found missing: its stream is 0 in those channels at every site, and a dense model that lacks
 them and nothing else does the same. What is not found in that run may still only be what a channel leads to of which it
 cannot be told: the run is made again without each of those, and without all of them, and what is found in any of these
-is left open, too. So is what goes missing with others in a stretch of several halves of blocks.
+is left open, too. So is what goes missing with others in a stretch of several halves of blocks. And where the dense
+model lacks a channel that is left open, the two streams differ by what it leads to, which says a part of other channels
+that are missing: found is then only what is said whole.
 """
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -26,7 +33,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from sparse_interp.axes import Tokens
-from sparse_interp.bridges.bridge import RIDGES, fitted
+from sparse_interp.bridges.bridge import RIDGES
 from sparse_interp.bridges.bridge_config import SitePair
 from sparse_interp.bridges.stretches import streams
 from sparse_interp.model.dense import FwdHooks, HookedModel
@@ -39,6 +46,12 @@ OWN = 0.01
 STILL = 1e-9
 """Variance below which a channel is constant, as a share of what channels vary by, and size at which it holds nothing.
 """
+
+LEAST = 0.05
+"""Share of what is a channel's own that a dense stream has to say of it, however little it says of others."""
+
+WHOLE = 0.9
+"""As much of what is said of the median channel has to be said of one that is found while others are left open."""
 
 MOST_TRIED = 16
 """Channels left open that are taken out one by one; more of them are taken out together only."""
@@ -54,6 +67,9 @@ class Missing(NamedTuple):
 
     undecided: tuple[int, ...]
     """Channels of which it cannot be told, on this text at these sites."""
+
+    said: dict[SitePair, float]
+    """By pair of sites: the share of what is its own that the dense stream says of the median channel."""
 
 
 @torch.no_grad()
@@ -78,19 +94,20 @@ def missing_features(
     missing: dict[int, float] = {}
     found: set[int] = set()
     alive: set[int] = set()  # channels that held something at a site before
-    before = 0
+    before, said = 0, {}
     for pair in pairs:
         here = look.at(pair, missing)
+        said[pair] = here.typical
         lost = here.lost - missing.keys()
-        found |= here.found
-        unsure = sorted(alive - found - missing.keys())
+        unsure = sorted(alive - found - here.found - missing.keys())
+        found |= {channel for channel in here.found if not unsure or here.share[channel] > WHOLE * here.typical}
         for tried in [[channel] for channel in unsure if len(unsure) <= MOST_TRIED] + [unsure] * bool(unsure and lost):
             lost &= look.at(pair, [*missing, *tried]).lost
         if len(lost) == 1 or pair.sparse - before <= 1:
             missing |= {channel: here.share[channel] for channel in sorted(lost)}
         alive, before = alive | here.alive, pair.sparse
     every = set(range(sparse.cfg.d_model))
-    return Missing(dict(sorted(missing.items())), tuple(sorted(every - found - missing.keys())))
+    return Missing(dict(sorted(missing.items())), tuple(sorted(every - found - missing.keys())), said)
 
 
 class _Here(NamedTuple):
@@ -99,8 +116,11 @@ class _Here(NamedTuple):
     share: list[float]
     """By channel: the share of what is its own that the dense stream says."""
 
+    typical: float
+    """The same of the median channel; 0 where it can be told of none."""
+
     found: set[int]
-    """Channels of which it says more than half."""
+    """Channels of which it says more than half as much, and more than `LEAST`."""
 
     lost: set[int]
     """Channels of which it says less."""
@@ -128,8 +148,9 @@ class _Look:
         ours = [held(self.sparse, text, [pair.sparse], without=without)[pair.sparse] for text in self.texts]
         share, open_here, alive = _said(*map(flattened, ours), *(flattened(side[pair.dense]) for side in self.theirs))
         decided = alive - open_here
-        lost = {channel for channel in decided if share[channel] < 0.5}
-        return _Here(share.tolist(), decided - lost, lost, alive)
+        typical = median([float(share[channel]) for channel in decided]) if decided else 0.0
+        lost = {channel for channel in decided if share[channel] < max(LEAST, typical / 2)}
+        return _Here(share.tolist(), typical, decided - lost, lost, alive)
 
 
 def _said(
@@ -140,13 +161,27 @@ def _said(
 ) -> tuple[Float[Tensor, " d_sparse"], set[int], set[int]]:
     """The share of what is each channel's own that a dense stream says; what has nothing of its own; what holds any."""
     spread = (fit - fit.mean(0)).square().mean(0)
-    covariance = (fit - fit.mean(0)).mT @ (fit - fit.mean(0)) / max(1, len(fit) - fit.shape[1])
-    ridge = RIDGES[0] * spread.mean().clamp_min(1e-300) * torch.eye(len(covariance)).to(covariance)
-    own = 1 / torch.linalg.inv(covariance + ridge).diagonal()  # what a regression on all the others leaves
-    weight, bias = fitted(fit_dense, fit)
-    said = 1 - (dense @ weight + bias - stream).square().mean(0) / own
     still = STILL * spread.mean()
+    own, alone = _left(fit, stream)
+    _, beside = _left(torch.cat([fit, fit_dense], 1), torch.cat([stream, dense], 1))
+    said = 1 - beside[: len(alone)] / alone.clamp_min(1e-300)
     return said, _where((own <= OWN * spread) | (spread <= still)), _where(stream.square().mean(0) > still)
+
+
+def _left(
+    fit: Float[Tensor, "fit_token width"], tokens: Float[Tensor, "token width"]
+) -> tuple[Float[Tensor, " width"], Float[Tensor, " width"]]:
+    """What a regression of each channel on all the others leaves of it, mean squares: in its own text, and in another.
+
+    All at once: with P the inverse of the covariance, what is left of channel c of a token z is (z - mean) P_c / P_cc.
+    """
+    mean, size = fit.mean(0), (fit - fit.mean(0)).square().mean(0).sqrt()
+    size = size.clamp_min(1e-12 * float(size.max().clamp_min(1e-300)))
+    scaled = (fit - mean) / size
+    covariance = scaled.mT @ scaled / max(1, len(fit) - fit.shape[1])
+    precision = torch.linalg.inv(covariance + RIDGES[0] * torch.eye(len(covariance)).to(covariance))
+    left = ((tokens - mean) / size) @ precision / precision.diagonal() * size
+    return size.square() / precision.diagonal(), left.square().mean(0)
 
 
 def _where(which: Tensor) -> set[int]:
