@@ -90,11 +90,16 @@ def test_a_task_from_text_has_prompts_of_the_length_asked_for_and_documents_as_t
 
 
 def test_a_bound_on_the_edit_is_kept(shipped_tokenizer, seeded):
-    given = {"n_tokens": 11, "n_pairs": 50, "generator": seeded()}
-    task = Task.from_corpus(documents(), shipped_tokenizer, ANSWERS, max_changed=6, **given)
+    def within(bound: int) -> Task:
+        given = {"n_tokens": 11, "n_pairs": 50, "max_changed": bound, "generator": seeded()}
+        return Task.from_corpus(documents(), shipped_tokenizer, ANSWERS, **given)
+
+    task, widest = within(6), 0
     for split in task.splits:
         batch = task.batch(task.n_pairs(split), split, generator=seeded())
-        assert (batch.clean != batch.corrupt).sum(1).max() <= 6
+        widest = max(widest, int((batch.clean != batch.corrupt).sum(1).max()))
+    assert widest <= 6
+    assert within(widest).templates_sha256 == task.templates_sha256, "a pair at the bound itself is within it"
 
 
 def test_with_an_edit_the_twin_is_the_edited_place(shipped_tokenizer, seeded):
