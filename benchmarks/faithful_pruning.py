@@ -268,7 +268,7 @@ def subject_of(cell: Cell) -> Subject:
 def means_over_prompts(model: HookedModel, task: si.Task) -> NodeValues:
     """Means of a network's nodes over training prompts."""
     batch = task.batch(128, split="train", generator=torch.Generator().manual_seed(0))
-    return mean_activations(model, torch.cat([batch.clean, batch.corrupt]))
+    return mean_activations(model, batch.both_sides().clean)
 
 
 # -- one cell ---------------------------------------------------------------------------------------------------------
