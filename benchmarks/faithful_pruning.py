@@ -672,7 +672,7 @@ def _said_of_keys(kind: str, settings: pd.DataFrame) -> str:
 def _said_of_losses(kind: str, row: Any) -> str:
     return (
         f"On held-out prompts circuits searched for {row.setting} have a task loss {row.loss_gap_nats:+.3g} nats from "
-        f"their models', mean of {row.found} {kind} tasks; {row.better} of them are better than their model."
+        f"their models', mean of {row.found} {kind} searches; {row.better} of them are better than their model."
     )
 
 

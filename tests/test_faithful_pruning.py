@@ -242,7 +242,7 @@ def test_sentences_say_what_the_tables_hold(study, frame, two_settings):
         "Were KL 1 nats enough, rankings searched for agreement would have nonsense in 1 of 2 bundled cases, in 2 to 2 "
         "times the nodes.",
         "On held-out prompts circuits searched for agreement have a task loss +0 nats from their models', mean of 3 "
-        "bundled tasks; 0 of them are better than their model.",
+        "bundled searches; 0 of them are better than their model.",
     ]
     assert last == "No setting was tried on known circuits, solved tasks and nonsense yet, so none wins."
     known = two_settings.assign(kind="planted", seed=3, key_f1=1.0, key_exact=[True] * 5 + [False])
@@ -262,7 +262,7 @@ def test_the_main_settings_are_told_beside_the_default(study, two_settings):
     )
     assert sentences == [
         "On held-out prompts circuits searched for agreement have a task loss -0.133 nats from their models', mean of "
-        "3 bundled tasks; 2 of them are better than their model.",
+        "3 bundled searches; 2 of them are better than their model.",
         f"On the same 2 bundled tasks, {other} has 0.354 times the nodes of agreement and takes 1 times as long; the "
         "worst partial ablation leaves its circuits 1.5 nats from their model, those of agreement 0.5.",
     ]
