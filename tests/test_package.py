@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-IMPORT_BUDGET_S = 0.5  # of processor time: neighbours on the machine do not count
+IMPORT_SHARE = 0.3  # of what the two libraries take in the same process, so of processors of any speed
 
-ADDED_TIME = """
-import time, torch, transformer_lens
+ADDED_SHARE = """
+import time
 start = time.process_time()
+import torch, transformer_lens
+theirs = time.process_time()
 import sparse_interp
-print(time.process_time() - start)
+print((time.process_time() - theirs) / (theirs - start))
 """
 
 CHANGES = """
@@ -56,10 +58,12 @@ def python(source: str, folder: Path, **environment: str) -> subprocess.Complete
 def test_importing_adds_little_to_importing_torch_and_transformer_lens(tmp_path):
     added = []
     for _ in range(3):  # the best of three: the first writes byte code
-        added.append(float(python(ADDED_TIME, tmp_path).stdout))
-        if added[-1] <= IMPORT_BUDGET_S:
+        added.append(float(python(ADDED_SHARE, tmp_path).stdout))
+        if added[-1] <= IMPORT_SHARE:
             return
-    pytest.fail(f"`import sparse_interp` adds {min(added):.2f} s to its dependencies; at most {IMPORT_BUDGET_S} s")
+    pytest.fail(
+        f"`import sparse_interp` takes {min(added):.0%} of what its dependencies take; at most {IMPORT_SHARE:.0%}"
+    )
 
 
 def test_importing_changes_nothing_and_says_nothing(tmp_path):
