@@ -10,8 +10,8 @@ Every model is rotated at random, whole and with a tenth of its channels missing
 bridge that is known, the same bridge trained on other prompts, and the controls of `si.evaluate_bridge`. Trained is by
 `si.train_bridges` with its default losses, encoder keeping everything: it begins with least squares, steps, and returns
 what is best on blocks held out for that, the start among them; `step` is the one returned. What has to come out for
-whole twins: an NMSE below 1e-4 at every site, both ways, and a causal agreement above 0.99; for the others, the names of
-what is missing, none that is not, and the rest of it among the channels of which that cannot be told.
+whole twins: an NMSE below 1e-4 at every site, both ways, and a causal agreement above 0.99; for the others, the names
+of what is missing, none that is not, and the rest of it among the channels of which that cannot be told.
 
 The bridge of `quote` cannot be learned from text. Channels of its stream are copies of one another on every prompt that
 there is, so the stream spans fewer dimensions than it has, and neither NMSE nor KL of hybrid passes depends on what a
