@@ -31,6 +31,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sparse_interp as si
+from sparse_interp.bridges.curves import SteeringTable
 from sparse_interp.bridges.evaluation import (
     BRIDGE,
     MEASURES,
@@ -215,21 +217,11 @@ def steering(bridge: si.Bridge, sparse: Any, dense: Any, example: Example, path:
     fit = task.batch(N_SOUGHT, "train", generator=generator)
     fit = fit.rows(((fit.answer == target[0]) | (fit.foil == target[0])).nonzero()[:, 0])
     strong = strongest(sparse, train, candidates)
-    node, unit = chosen(bridge, sparse, dense, train, list(strong), target[0], fit)
-    held_out = held_out.rows(slice(N_STEERED))
-    table = si.steering_curve(
-        bridge,
-        sparse,
-        dense,
-        node,
-        [unit * value for value in VALUES],
-        held_out,
-        target=target[0],
-        fit=fit,
-        blocks=some_text(1)[:N_BLOCKS],
-        n_random=N_RANDOM,
-        generator=generator,
-    )
+    curve = partial(si.steering_curve, bridge, sparse, dense, target=target[0], fit=fit)
+    node, unit = chosen(curve, sparse, train, list(strong))
+    held_out, values = held_out.rows(slice(N_STEERED)), [unit * value for value in VALUES]
+    blocks = some_text(1)[:N_BLOCKS]
+    table = curve(node, values, held_out, blocks=blocks, n_random=N_RANDOM, generator=generator)
     about = {"example": example.name, "from": example.before, "to": example.target, "n_prompts": len(held_out)}
     about |= {"effect_in_sparse_logits": strong[node], "unit": unit}
     rows = json.loads(table.frame.to_json(orient="records", double_precision=15))
@@ -253,32 +245,15 @@ def strongest(sparse: Any, train: si.TaskBatch, nodes: list[si.Node]) -> dict[si
 
 
 def chosen(
-    bridge: si.Bridge,
-    sparse: Any,
-    dense: Any,
-    train: si.TaskBatch,
-    nodes: list[si.Node],
-    target: int,
-    fit: si.TaskBatch,
+    curve: Callable[..., SteeringTable], sparse: Any, train: si.TaskBatch, nodes: list[si.Node]
 ) -> tuple[si.Node, float]:
     """Along which node the dense model moves most on training prompts, at little loss on text, and one unit of it."""
     generator, found = torch.Generator().manual_seed(0), []
+    pairs, blocks = train.rows(slice(N_STEERED)), some_text(2)[:N_TEXT]
     for node in nodes:
         unit = difference(sparse, train, node)
-        table = si.steering_curve(
-            bridge,
-            sparse,
-            dense,
-            node,
-            [unit * value for value in VALUES],
-            train.rows(slice(N_STEERED)),
-            target=target,
-            fit=fit,
-            blocks=some_text(2)[:N_TEXT],
-            n_random=1,
-            generator=generator,
-            progress=False,
-        )
+        values = [unit * value for value in VALUES]
+        table = curve(node, values, pairs, blocks=blocks, n_random=1, generator=generator, progress=False)
         frame = table.frame[table.frame.direction == "feature"]
         allowed = frame[frame.loss_change_frac < MOST_LOST]
         found.append((float(allowed.change.max()) if len(allowed) else -1.0, node, unit))

@@ -23,7 +23,7 @@ from sparse_interp.bridges.bridge_config import BridgeConfig
 from sparse_interp.data_files import data_folder
 from sparse_interp.errors import BridgeError, CheckpointError
 from sparse_interp.model.checkpoint import CARD, CARD_TEXT, card_text, library_version, write_folder
-from sparse_interp.model.tensor_files import own_bytes, read_own
+from sparse_interp.model.tensor_files import own_bytes, read_own, read_record
 
 FORMAT_VERSION = 1
 RECORD, MAPS = "bridge.json", "bridge.safetensors"
@@ -97,16 +97,7 @@ def read_bridge(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise BridgeError(f"{folder} holds no bridge: {RECORD} is missing. Name a folder that `bridge.save` wrote.")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise BridgeError(f"{path} cannot be read ({error}); fetch or save the bridge again.") from error
-    found = record.get("format_version") if isinstance(record, dict) else None
-    if found != FORMAT_VERSION:
-        raise BridgeError(
-            f"{path} has format version {found}, and this library reads version {FORMAT_VERSION}; "
-            "load it with the library version that saved it, or train it again."
-        )
-    try:
+        record = read_record(path, FORMAT_VERSION, "train the bridge again")
         tensors, entries = read_own(folder / MAPS)
     except CheckpointError as error:
         raise BridgeError(str(error)) from error
