@@ -72,6 +72,13 @@ N_CHANNEL_BINS = 21
 N_STEPS = 200
 """Steps of a search that its curve keeps."""
 
+HEADLINE = {
+    "task loss of circuit": "task loss, circuit",
+    "task loss of model": "task loss, model",
+    "KL(model || circuit)": "KL from model",
+}
+"""What the search measured that heads the page, and the label that it has there."""
+
 PromptValues = list[tuple[list[float], list[float]]]
 """For each prompt of the page, a number per token of it and of its twin."""
 
@@ -481,14 +488,9 @@ def _token_roles(batch: TaskBatch) -> dict[int, str]:
 
 
 def _summary(circuit: Circuit, ends: pd.DataFrame) -> dict[str, str]:
-    """Headline numbers."""
+    """Headline numbers, and the prompts that the measured ones are from."""
     lines = {"nodes": f"{circuit.n_nodes:,}", "edges": f"{circuit.n_edges:,}", "token weights": f"{len(ends):,}"}
-    measured = dict(zip(circuit.scores.measure, circuit.scores.value, strict=True))
-    for label, measure in (
-        ("task loss, circuit", "task loss of circuit"),
-        ("task loss, model", "task loss of model"),
-        ("KL from model", "KL(model || circuit)"),
-    ):
-        if measure in measured:
-            lines[label] = f"{measured[measure]:.3f} nats"
-    return lines
+    scores = circuit.scores[circuit.scores.measure.isin(HEADLINE)]
+    lines |= {HEADLINE[row.measure]: f"{row.value:.3f} nats" for row in scores.itertuples()}
+    prompts = dict.fromkeys(f"{row.n_prompts:,} {row.split} prompts" for row in scores.itertuples())
+    return lines | ({"measured on": ", ".join(prompts)} if prompts else {})

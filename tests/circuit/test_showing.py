@@ -5,7 +5,9 @@ import html
 import json
 import re
 import zlib
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -51,6 +53,21 @@ def test_a_circuit_of_a_dense_model_is_described_and_drawn_as_that_of_ours(truth
         mine, others = (getattr(known, table).frame.select_dtypes("number") for known in (ours, theirs))
         assert (mine.fillna(-1) - others.fillna(-1)).abs().max().max() < 1e-5, table
     render_page(their_page)
+
+
+def test_the_headline_says_which_prompts_its_losses_are_from(truth, key_circuit, whole_page):
+    batch, _ = whole_page
+    measured = [("task loss of circuit", 0.25, "selection", 512), ("KL(model || circuit)", 0.125, "selection", 512),
+                ("nodes at task loss 0.15", 9.0, "test", 64)]  # fmt: skip
+    scores = pd.DataFrame(measured, columns=["measure", "value", "split", "n_prompts"]).assign(unit="", ablation="")
+    known = describe(key_circuit, truth.model, batch.clean, batch)
+    headed, bare = (page(replace(key_circuit, scores=of), truth.model, batch, known) for of in (scores, scores[2:]))
+    assert list(bare.summary) == ["nodes", "edges", "token weights"]
+    assert list(headed.summary.items())[3:] == [
+        ("task loss, circuit", "0.250 nats"),
+        ("KL from model", "0.125 nats"),
+        ("measured on", "512 selection prompts"),
+    ]
 
 
 def test_partners_of_grouped_queries_are_named(make_bridge, tokens):
