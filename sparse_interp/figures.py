@@ -259,9 +259,10 @@ def audit_gap(study: pd.DataFrame, audits: pd.DataFrame) -> Drawn:
     said = "; ".join(
         f"{WORDS[twin]}, {setting}: {row['sum']} of {row['size']}" for (setting, twin), row in found.iterrows()
     )
+    of_models = " and ".join(f"n = {n} tasks of {model}" for model, n in real.model.value_counts().items())
     caption = (
-        f"Nodes that a search needs for n = {len(tasks)} tasks of {listed(frame.model)}, for their nonsense twins, and "
-        "for the tasks on a re-initialised network; hollow, in the grey: no circuit among all "
+        f"Nodes that a search needs for {of_models}, for their nonsense twins, and for the tasks on a re-initialised "
+        "network; hollow, in the grey: no circuit among all "
         f"{listed(frame.all_nodes)} nodes meets the rule. Searches that end with a circuit: {said}. One search per "
         f"point, seed {listed(frame.seed)}: no interval."
     )

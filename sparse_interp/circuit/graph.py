@@ -248,6 +248,23 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         return frozenset(NodeAt(int(r[0]), str(r[1]), int(r[2]), int(pos)) for r in rows for pos in str(r[3]).split())
 
     @property
+    def members(self) -> frozenset[Node] | frozenset[NodeAt]:
+        """The nodes, each at its positions if the circuit says positions."""
+        return self.node_set if self.n_pos is None else self.spots
+
+    @property
+    def outside(self) -> list[Node] | list[NodeAt]:
+        """The nodes that hold the baseline, each at those positions if the circuit says positions; in forward order."""
+        held = {place: ~mask for place, mask in self.inside.items() if place.site in self.sites}
+        if self.n_pos is None:
+            return [Node(*place, channel) for place, mask in held.items() for (channel,) in mask.nonzero().tolist()]
+        return [
+            NodeAt(*place, channel, self.n_pos - len(mask) + row)  # the last read has one row, of the last position
+            for place, mask in held.items()
+            for row, channel in mask.nonzero().tolist()
+        ]
+
+    @property
     def inside(self) -> Masks:
         """For every place, which channels are in the circuit, position by position if it says positions."""
         if self.n_pos is not None:
@@ -335,15 +352,10 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         """
         edges = self.edge_masks(model) if self.edges_pruned else None
         origin = {"sites": self.sites, "edges": edges, "n_pos": self.n_pos}
-        moved = Circuit.of_nodes(model, self._members, baseline or self.baseline, **origin)
+        moved = Circuit.of_nodes(model, self.members, baseline or self.baseline, **origin)
         return replace(moved, task_name=self.task_name, task_sha256=self.task_sha256, prune=self.prune)
 
     # -- set algebra ------------------------------------------------------------------------------------------------
-
-    @property
-    def _members(self) -> frozenset[Node] | frozenset[NodeAt]:
-        """The nodes, each at its positions if the circuit says positions."""
-        return self.node_set if self.n_pos is None else self.spots
 
     def _combined(self, other: "Circuit", members: frozenset, weights: pd.DataFrame, edges_pruned: bool) -> "Circuit":
         if self.n_pos != other.n_pos:
@@ -383,7 +395,7 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
         """
         pruned, weights = self.edges_pruned or other.edges_pruned, weights_of(self, other)
         weights = weights[weights.duplicated(EDGE_KEY)] if pruned else weights.drop_duplicates(EDGE_KEY)
-        return self._combined(other, self._members & other._members, weights, pruned)
+        return self._combined(other, self.members & other.members, weights, pruned)
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Nodes of either, with the edges that either knows.
@@ -400,11 +412,11 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
                 stacklevel=2,
             )
         weights = weights_of(self, other).drop_duplicates(EDGE_KEY)
-        return self._combined(other, self._members | other._members, weights, pruned)
+        return self._combined(other, self.members | other.members, weights, pruned)
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         """Nodes of this one that the other lacks, with the edges between them."""
-        return self._combined(other, self._members - other._members, weights_of(self), self.edges_pruned)
+        return self._combined(other, self.members - other.members, weights_of(self), self.edges_pruned)
 
     def to_networkx(self) -> DiGraph:
         """Nodes with their columns, edges with theirs, as a directed graph.

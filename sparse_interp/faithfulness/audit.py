@@ -48,7 +48,7 @@ from sparse_interp.faithfulness.thresholds import FOUR, GAP, Thresholds
 from sparse_interp.interventions.prune_config import PruneConfig
 from sparse_interp.model.checkpoint import weights_sha256
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.tasks.task import Task
+from sparse_interp.tasks.task import Task, TaskBatch
 from sparse_interp.tokenizer import tokenizer_hash
 
 
@@ -101,13 +101,13 @@ def audit(
     pairs = {split: task.batch(_n_pairs(task, split, n_prompts), split, generator=generator) for split in splits}
     drawn = random_circuits(model, circuit, n_random if has_room(circuit) else 0, generator=generator)
     rows, details, bounds = [], {}, thresholds or Thresholds()
-    n_runs = sum(4 + len(_share(drawn, split)) for split in splits)
+    unfit = {split: why for split in (DECIDING, INFORMING) if (why := _unfit(circuit, split, pairs.get(split)))}
+    n_runs = sum(4 + len(_share(drawn, split)) for split in pairs.keys() - unfit.keys())
     with tqdm(total=n_runs, disable=not progress, desc="audit", unit="run") as bar:
         for split in (DECIDING, INFORMING):
-            if split not in pairs:
+            if split in unfit:
                 decides = split == DECIDING
-                why = f"the task has no {split} split"
-                rows.append(not_run(GAP, "every measure", "circuit", split, why, decides=decides))
+                rows.append(not_run(GAP, "every measure", "circuit", split, unfit[split], decides=decides))
                 continue
             sheet = Sheet(model, circuit, split, pairs[split], bounds, generator, hypothesis)
             bar.update(4)
@@ -169,6 +169,16 @@ def _n_pairs(task: Task, split: str, n_prompts: int) -> int:
     """Half of `n_prompts`, or all pairs there are, where they are listed and fewer."""
     n, n_listed = (n_prompts + 1) // 2, task.n_pairs(split)
     return n if n_listed is None else min(n, n_listed)
+
+
+def _unfit(circuit: Circuit, split: str, pairs: TaskBatch | None) -> str:
+    """Why nothing can be measured on a split; nothing where all can."""
+    if pairs is None:
+        return f"the task has no {split} split"
+    if circuit.n_pos is None or not (lengths := set(pairs.lengths.tolist()) - {circuit.n_pos}):
+        return ""
+    others = ", ".join(map(str, sorted(lengths)))
+    return f"the circuit keeps nodes at positions of prompts of {circuit.n_pos} tokens, and some here have {others}"
 
 
 def _share(drawn: Sequence[Circuit], split: str) -> Sequence[Circuit]:

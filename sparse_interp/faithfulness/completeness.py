@@ -11,7 +11,7 @@ Conditional co-ablation: CoAx 2026 (arXiv:2607.01940), as reported by others; se
 (arXiv:2307.15771). One candidate is held at a time, so of two backups that are equal and each enough, neither grows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +28,7 @@ from sparse_interp.faithfulness.scores import groups_of, mean_of, some_pairs
 from sparse_interp.interventions.ablation import Masks, less
 from sparse_interp.interventions.selection import Selection
 from sparse_interp.model.dense import AnyModel, hooked
-from sparse_interp.model.sites import Node, check_nodes, masks
+from sparse_interp.model.sites import Node, NodeAt, check_nodes
 from sparse_interp.results import Axes, Interval, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch
 
@@ -89,7 +89,8 @@ def completeness(
 ) -> CompletenessTable:
     """Hold every candidate, with the circuit there and once it is removed, and name those whose effect grows.
 
-    Two runs for each candidate, from its layer on.
+    Two runs for each candidate, from its layer on. Where the circuit keeps nodes at positions, a candidate is held at
+    all positions at which the circuit has it not.
 
     Args:
         model: the model that the circuit is of, ours or a dense one of TransformerLens.
@@ -101,24 +102,24 @@ def completeness(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, keeps nodes at positions only, or a candidate is one of
-            its own nodes or none of the model's.
+        CircuitError: if the circuit belongs to other weights, or a candidate is one that it keeps (at every position)
+            or none of the model's.
+        TaskError: if nodes are kept at positions and the prompts are not of one length.
     """
-    circuit.check_all_positions("completeness")
     circuit.check_model(model)
     model = hooked(model)
-    nodes = _candidates(circuit, candidates)
+    held = _candidates(circuit, candidates)
     pairs = some_pairs(pairs, n_pairs, generator=generator)
-    every: Masks = {place: torch.ones_like(mask) for place, mask in masks((), model.cfg, circuit.sites).items()}
+    every: Masks = {place: torch.ones_like(mask) for place, mask in circuit.inside.items()}
     rest = every if circuit.edges_pruned else {place: ~mask for place, mask in circuit.inside.items()}
-    whole = Selection(model, pairs, circuit.baseline)
-    with tqdm(total=2 * len(nodes), disable=not progress, desc="backups", unit="run") as bar:
-        alone = _effects(whole, pairs, every, nodes, bar)
+    whole = Selection(model, pairs, circuit.baseline, per_position=circuit.n_pos is not None)
+    with tqdm(total=2 * len(held), disable=not progress, desc="backups", unit="run") as bar:
+        alone = _effects(whole, pairs, every, held, bar)
         with circuit.removed(model) if circuit.edges_pruned else nullcontext():
-            removed = _effects(whole, pairs, rest, nodes, bar)
+            removed = _effects(whole, pairs, rest, held, bar)
     groups = [groups_of(whole.batch)[row] for row in whole.measured(1).tolist()]
     rows = []
-    for node, before, after in zip(nodes, alone, removed, strict=True):
+    for node, before, after in zip(held, alone, removed, strict=True):
         growth = mean_of(after - before, groups, generator)
         grows = growth.mean >= GROWS_NATS and not growth.low <= 0
         rows.append((str(node), node.layer, float(before.mean()), float(after.mean()), *growth, grows))
@@ -127,30 +128,33 @@ def completeness(
     return CompletenessTable(frame, len(whole.batch))
 
 
-def _candidates(circuit: Circuit, candidates: Iterable[Node] | None) -> list[Node]:
-    """The candidates by layer; all nodes outside if none are named."""
-    if candidates is None:
-        outside = {place: ~mask for place, mask in circuit.inside.items() if place.site in circuit.sites}
-        named = [Node(*place, c) for place, mask in outside.items() for c in mask.nonzero().flatten().tolist()]
-    else:
-        named = list(candidates)
+Held = Mapping[Node, Sequence[Node] | Sequence[NodeAt]]
+"""Candidates by layer, and what of each is held: the node, or the node at positions."""
+
+
+def _candidates(circuit: Circuit, candidates: Iterable[Node] | None) -> Held:
+    """The candidates; all nodes outside if none are named."""
+    outside: dict[Node, list[Node] | list[NodeAt]] = {}
+    for member in circuit.outside:
+        outside.setdefault(Node(*member[:3]), []).append(member)
+    named = list(outside) if candidates is None else list(candidates)
     check_nodes(named, circuit.cfg)
-    own = [node for node in named if node in circuit.node_set]
+    own = [node for node in named if node not in outside]
     if own or not named:
-        what = f"{own[0]} is a node of the circuit" if own else "there is no candidate"
+        what = f"{own[0]} is kept by the circuit" if own else "there is no candidate"
         raise CircuitError(f"{what}: a backup is looked for among nodes outside, of which there must be some.")
-    return sorted(named, key=lambda node: node.layer)
+    return {node: outside[node] for node in sorted(named, key=lambda node: node.layer)}
 
 
 def _effects(
-    selection: Selection, pairs: TaskBatch, kept: Masks, nodes: list[Node], bar: tqdm
+    selection: Selection, pairs: TaskBatch, kept: Masks, held: Held, bar: tqdm
 ) -> list[Float[Tensor, " prompt"]]:
-    """KL(run || run with a node held), for each of `nodes`, prompt by prompt; the run is that which keeps `kept`."""
-    own = selection.logits(kept)
-    selection = Selection(selection.model, pairs, selection.baseline, teacher=lambda _: own)
+    """KL(run || run with a candidate held), for each of them, prompt by prompt; the run is that which keeps `kept`."""
+    own, per_position = selection.logits(kept), selection.n_pos is not None
+    selection = Selection(selection.model, pairs, selection.baseline, per_position=per_position, teacher=lambda _: own)
     without: dict[int, list[Masks]] = {}
-    for node in nodes:
-        without.setdefault(node.layer, []).append(less(kept, [node]))
+    for node, members in held.items():
+        without.setdefault(node.layer, []).append(less(kept, members))
     found = selection.divergences(kept, without)
     next(found)
     effects = []

@@ -9,7 +9,7 @@ in MIB's circuit track (Mueller et al. 2025, arXiv:2504.13151). CPR alone reward
 neither is given without the other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import nan
@@ -28,7 +28,7 @@ from sparse_interp.faithfulness.scores import CONSTANT, groups_of, of_means
 from sparse_interp.interventions.ablation import Ablation, Masks
 from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.model.dense import AnyModel, HookedModel, hooked
-from sparse_interp.model.sites import Node, Place, masks
+from sparse_interp.model.sites import Node, NodeAt, Place, masks, masks_at
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Interval, Table, lines
 from sparse_interp.tasks.task import TaskBatch, logit_difference
@@ -69,14 +69,14 @@ def size_curve(
     circuit: Circuit,
     pairs: TaskBatch,
     *,
-    ranking: Sequence[Node] | None = None,
+    ranking: Sequence[Node] | Sequence[NodeAt] | None = None,
     generator: torch.Generator,
     progress: bool = True,
 ) -> SizeCurve:
     """What the first nodes of a ranking restore, at every size.
 
     Nodes outside hold the circuit's baseline. Weights between the circuit's nodes that were cut stay so at sizes up to
-    its own; larger ones have all weights.
+    its own; larger ones have all weights. Where a circuit keeps nodes at positions, a node at each position is one.
 
     Args:
         model: the model that the circuit is of, ours or a dense one of TransformerLens.
@@ -88,10 +88,9 @@ def size_curve(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, or keeps nodes at positions only.
+        CircuitError: if the circuit belongs to other weights, or keeps nodes at positions of prompts of another length.
         ConfigError: if a node comes twice in the ranking.
     """
-    circuit.check_all_positions("a curve over sizes")
     circuit.check_model(model)
     model, batch = hooked(model), pairs.both_sides()
     order = _completed(circuit, ranked(circuit) if ranking is None else list(ranking), generator)
@@ -131,44 +130,43 @@ def areas(
     return torch.trapezoid(faithfulness, at, dim=-1), torch.trapezoid((1 - faithfulness).abs(), at, dim=-1)
 
 
-def ranked(circuit: Circuit) -> list[Node]:
+def ranked(circuit: Circuit) -> list[Node] | list[NodeAt]:
     """A circuit's nodes, the most important first, and behind them those outside in the order that a search left.
 
-    Without importance or search, nodes come as the circuit lists them.
+    Without importance or search, nodes come as the circuit lists them; positions of a node, which neither tells apart,
+    as they follow each other.
     """
     frame = circuit.nodes.sort_values("importance_nats", ascending=False, kind="stable", na_position="last")
     rows = frame[["layer", "site", "channel"]].itertuples(index=False)
-    first = [Node(int(layer), str(site), int(channel)) for layer, site, channel in rows]
+    rank = {Node(int(layer), str(site), int(channel)): i for i, (layer, site, channel) in enumerate(rows)}
+    first = sorted(sorted(circuit.members), key=lambda member: rank[Node(*member[:3])])
     if circuit.tau is None:
         return first
     tau = circuit.tau
-    outside = [node for node in _outside(circuit) if Place(node.layer, node.site) in tau.values]
-    return [*first, *sorted(outside, key=tau.of, reverse=True)]
+    gated = [member for member in circuit.outside if Place(member.layer, member.site) in tau.values]
+    return [*first, *sorted(gated, key=lambda member: tau.of(Node(*member[:3])), reverse=True)]
 
 
-def _outside(circuit: Circuit) -> Iterator[Node]:
-    for place, mask in circuit.inside.items():
-        if place.site in circuit.sites:
-            yield from (Node(*place, channel) for channel in (~mask).nonzero().flatten().tolist())
-
-
-def _completed(circuit: Circuit, ranking: list[Node], generator: torch.Generator) -> list[Node]:
+def _completed(
+    circuit: Circuit, ranking: list[Node] | list[NodeAt], generator: torch.Generator
+) -> list[Node] | list[NodeAt]:
     """The ranking, and behind it every other node that can be held, in a random order."""
-    if len(set(ranking)) < len(ranking):
-        raise ConfigError(f"the ranking of {len(ranking)} nodes has only {len(set(ranking))} different ones.")
     known = set(ranking)
-    rest = sorted(node for node in {*circuit.node_set, *_outside(circuit)} - known if node.site in circuit.sites)
+    if len(known) < len(ranking):
+        raise ConfigError(f"the ranking of {len(ranking)} nodes has only {len(known)} different ones.")
+    rest = sorted(member for member in {*circuit.members, *circuit.outside} - known if member.site in circuit.sites)
     drawn = torch.randperm(len(rest), generator=generator, device=generator.device).tolist()
-    return [*(node for node in ranking if node.site in circuit.sites), *(rest[i] for i in drawn)]
+    return [*(member for member in ranking if member.site in circuit.sites), *(rest[i] for i in drawn)]
 
 
-def _run(model: HookedModel, circuit: Circuit, nodes: Sequence[Node], batch: TaskBatch) -> PerPrompt:
+def _run(model: HookedModel, circuit: Circuit, nodes: Sequence[Node] | Sequence[NodeAt], batch: TaskBatch) -> PerPrompt:
     """Logit differences of the circuit of `nodes`."""
-    inside = masks(nodes, model.cfg, circuit.sites)
+    cfg, n_pos, sites = model.cfg, circuit.n_pos, circuit.sites
+    inside = masks(nodes, cfg, sites) if n_pos is None else masks_at(nodes, cfg, n_pos, sites)
     kept: Masks = {p: m if p.site in circuit.sites else torch.ones_like(m) for p, m in inside.items()}
 
     def within(model: AnyModel) -> AbstractContextManager[AnyModel]:
-        return circuit.cutting(model) if len(nodes) <= circuit.n_nodes else nullcontext(model)
+        return circuit.cutting(model) if len(nodes) <= len(circuit.members) else nullcontext(model)
 
     logits = Ablation.full(circuit.baseline).answer_logits(model, kept, batch, within=within)[0]
     return logit_difference(logits, batch).double().cpu()

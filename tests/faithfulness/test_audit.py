@@ -19,6 +19,7 @@ from sparse_interp.faithfulness.gap import RIVALS
 from sparse_interp.faithfulness.ground_truth import all_nodes, ground_truth
 from sparse_interp.faithfulness.repruned import CONTROLS
 from sparse_interp.faithfulness.thresholds import FOUR, Thresholds
+from sparse_interp.model.sites import NodeAt
 from sparse_interp.results import Interval
 from sparse_interp.tasks.task import Task
 
@@ -305,6 +306,18 @@ def test_a_short_list_of_pairs_is_audited_whole():
     assert table.passed is True
     assert row(table, "accuracy", "circuit").n_prompts == 10
     assert "no shifted split" in row(table, "every measure", "circuit", "shifted").note
+
+
+def test_a_circuit_over_positions_is_audited_on_prompts_of_its_length_and_the_others_are_named():
+    truth, means = hand_built("mlp_gate")
+    (n_pos,) = truth.task.batch(32, "test", generator=torch.Generator().manual_seed(0)).lengths.unique().tolist()
+    spots = [NodeAt(*node, pos) for node in truth.nodes for pos in range(n_pos)]
+    table = quick(truth.model, Circuit.of_nodes(truth.model, spots, means, n_pos=n_pos), truth.task)
+    assert row(table, "KL(model || circuit)", "circuit").value < 1e-3
+    assert row(table, "KL(model || circuit)", "circuit").positions == "of its own"
+    (shifted,) = table.frame[table.frame.split == "shifted"].itertuples()
+    assert f"at positions of prompts of {n_pos} tokens, and some here have" in shifted.note
+    assert not any("shifted" in reason for reason in table.reasons)
 
 
 def test_a_circuit_of_other_weights_is_refused_unless_told_otherwise():

@@ -9,9 +9,10 @@ from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.completeness import completeness
 from sparse_interp.interventions.ablation import ablate
+from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
-from sparse_interp.model.sites import Node, masks
+from sparse_interp.model.sites import Node, NodeAt, masks
 
 
 def key_of(name):
@@ -85,6 +86,37 @@ def divergence(p, q):
     return float((p.exp() * (p - q)).sum())
 
 
+def test_at_positions_a_candidate_is_held_wherever_the_circuit_has_it_not(generator):
+    truth, means = hand_built("backup")
+    pairs = truth.task.batch(16, "test", generator=generator)
+    pairs = pairs.rows((pairs.lengths == pairs.lengths[0]).nonzero().flatten()[:3])
+    n_pos, own = int(pairs.lengths[0]), min(n for n in truth.nodes if n.site == "attn_read")
+
+    def circuit_of(spots):
+        return Circuit.of_nodes(truth.model, spots, means, n_pos=n_pos)
+
+    circuit = circuit_of([NodeAt(*n, pos) for n in truth.nodes for pos in range(n_pos) if n != own or pos > 1])
+    nodes = [own, Node(1, "q", 0), Node(2, "final_read", truth.channels.index("spare"))]
+    found = completeness(truth.model, circuit, pairs, candidates=nodes, n_pairs=3, generator=generator, progress=False)
+    batch, rows = pairs.both_sides(), found.frame.set_index("name")
+    outside, everything = set(circuit.outside), circuit.members | set(circuit.outside)
+
+    def run(spots):
+        with torch.no_grad(), circuit_of(spots).running(truth.model):
+            return all_answer_logits(truth.model, batch).double().log_softmax(-1)
+
+    for node in nodes:
+        held = {spot for spot in outside if spot.node == node}
+        before, after = (
+            sum(divergence(*both) for both in zip(run(spots), run(spots - held), strict=True)) / len(batch)
+            for spots in (everything, outside)
+        )
+        assert rows.loc[str(node), ["alone_nats", "removed_nats"]].tolist() == pytest.approx([before, after], abs=1e-5)
+    assert rows.removed_nats[str(nodes[1])] > 0.1
+    every = completeness(truth.model, circuit, pairs, n_pairs=3, generator=generator, progress=False)
+    assert set(every.frame.name) == {str(spot.node) for spot in outside} and own in {spot.node for spot in outside}
+
+
 def test_a_bridge_gives_what_our_model_gives(dense_truth, truth, generator):
     tables = []
     for model in dense_truth:
@@ -103,7 +135,7 @@ def test_candidates_are_nodes_outside(generator):
     pairs = truth.task.batch(2, "test", generator=generator)
     own = min(truth.nodes)
     for candidates, words in (
-        ([own], f"{own} is a node of the circuit"),
+        ([own], f"{own} is kept by the circuit"),
         ([], "no candidate"),
         ([Node(7, "q", 0)], "L7"),
     ):

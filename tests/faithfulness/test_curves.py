@@ -14,7 +14,7 @@ from sparse_interp.interventions.ablation import ablate
 from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
-from sparse_interp.model.sites import NodeValues, Place, masks
+from sparse_interp.model.sites import NodeAt, NodeValues, Place, masks
 from sparse_interp.tasks.task import logit_difference
 
 # -- areas ------------------------------------------------------------------------------------------------------------
@@ -48,6 +48,11 @@ def means(truth):
     return mean_activations(truth.model, truth.blocks(32, generator=torch.Generator().manual_seed(0)))
 
 
+def of_one_length(pairs):
+    """The pairs that are as long as the first."""
+    return pairs.rows((pairs.lengths == pairs.lengths[0]).nonzero().flatten())
+
+
 @pytest.fixture
 def key(truth, means):
     return Circuit.of_nodes(truth.model, truth.nodes, means)
@@ -69,6 +74,25 @@ def test_each_size_restores_what_a_plain_ablation_of_the_rest_does(truth, means,
     assert found.frame.faithfulness.iloc[-1] == pytest.approx(1) and found.n_prompts == 24
     assert (rows.low <= rows.faithfulness + 1e-9).all() and (rows.faithfulness <= rows.high + 1e-9).all()
     assert found.plot().get_xscale() == "log"
+
+
+def test_at_positions_each_size_restores_what_the_circuit_of_its_first_spots_does(truth, means, generator):
+    pairs = of_one_length(truth.task.batch(24, "test", generator=generator))
+    n_pos, nodes = int(pairs.lengths[0]), sorted(truth.nodes)
+    kept = [NodeAt(*node, n_pos - 1 if node.site == "final_read" else pos) for node in nodes for pos in (2, n_pos - 1)]
+    importance = {spot: float(nodes.index(spot.node)) for spot in kept}
+    circuit = Circuit.of_nodes(truth.model, kept, means, n_pos=n_pos, importance=importance)
+    order = [spot for node in reversed(nodes) for spot in sorted(circuit.spots) if spot.node == node]
+    assert ranked(circuit) == order
+    found = size_curve(truth.model, circuit, pairs, generator=generator, progress=False).frame.set_index("n_nodes")
+    batch, restored = pairs.both_sides(), {}
+    for n in [n for n in found.index if n <= len(order)]:
+        with Circuit.of_nodes(truth.model, order[:n], means, n_pos=n_pos).running(truth.model):
+            restored[n] = float(logit_difference(all_answer_logits(truth.model, batch), batch).mean())
+    assert len(restored) >= 4 and found.logit_difference[list(restored)].tolist() == pytest.approx(
+        list(restored.values()), abs=1e-5
+    )
+    assert found.index[-1] == len(circuit.members) + len(circuit.outside) and found.faithfulness.iloc[-1] == 1
 
 
 def test_the_key_first_is_nearer_to_the_model_than_the_key_last(truth, key, generator):
