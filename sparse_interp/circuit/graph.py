@@ -52,6 +52,7 @@ from sparse_interp.model.sites import (
     rows_of,
     wires,
 )
+from sparse_interp.tasks.task import TaskBatch
 
 if TYPE_CHECKING:
     from networkx import DiGraph as DiGraph
@@ -327,6 +328,16 @@ class Circuit(CircuitFiles, CircuitExports, CircuitPictures, CircuitCompaction, 
                 f"{self.n_pos} tokens; "
                 "Circuit.of_nodes(model, circuit.node_set, circuit.baseline) keeps them everywhere."
             )
+
+    def check_lengths(self, prompts: TaskBatch) -> None:
+        """Raise CircuitError if nodes are kept at positions, and not of prompts as long as these."""
+        if self.n_pos is None or not bool((others := prompts.lengths != self.n_pos).any()):
+            return
+        found = ", ".join(map(str, prompts.lengths[others].unique().tolist()))
+        raise CircuitError(
+            f"this circuit keeps nodes at positions of prompts of {self.n_pos} tokens, and {int(others.sum())} of "
+            f"{len(prompts)} here have {found}; give pairs of that length."
+        )
 
     def check_model(self, model: AnyModel) -> None:
         """Raise CircuitError unless `model` has the shape and the weights that this circuit was found in."""

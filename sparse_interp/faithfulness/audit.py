@@ -175,10 +175,11 @@ def _unfit(circuit: Circuit, split: str, pairs: TaskBatch | None) -> str:
     """Why nothing can be measured on a split; nothing where all can."""
     if pairs is None:
         return f"the task has no {split} split"
-    if circuit.n_pos is None or not (lengths := set(pairs.lengths.tolist()) - {circuit.n_pos}):
-        return ""
-    others = ", ".join(map(str, sorted(lengths)))
-    return f"the circuit keeps nodes at positions of prompts of {circuit.n_pos} tokens, and some here have {others}"
+    try:
+        circuit.check_lengths(pairs)
+    except CircuitError as error:
+        return str(error)
+    return ""
 
 
 def _share(drawn: Sequence[Circuit], split: str) -> Sequence[Circuit]:

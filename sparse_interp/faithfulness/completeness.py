@@ -102,10 +102,10 @@ def completeness(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, or a candidate is one that it keeps (at every position)
-            or none of the model's.
-        TaskError: if nodes are kept at positions and the prompts are not of one length.
+        CircuitError: if the circuit belongs to other weights, or keeps nodes at positions of prompts of another length;
+            or a candidate is one that it keeps (at every position) or none of the model's.
     """
+    circuit.check_lengths(pairs)
     circuit.check_model(model)
     model = hooked(model)
     held = _candidates(circuit, candidates)

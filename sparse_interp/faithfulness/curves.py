@@ -91,6 +91,7 @@ def size_curve(
         CircuitError: if the circuit belongs to other weights, or keeps nodes at positions of prompts of another length.
         ConfigError: if a node comes twice in the ranking.
     """
+    circuit.check_lengths(pairs)
     circuit.check_model(model)
     model, batch = hooked(model), pairs.both_sides()
     order = _completed(circuit, ranked(circuit) if ranking is None else list(ranking), generator)

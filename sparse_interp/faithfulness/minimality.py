@@ -161,12 +161,13 @@ def minimality(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, has no nodes, or leaves hardly any outside.
+        CircuitError: if the circuit belongs to other weights, has no nodes, or leaves hardly any outside; or keeps
+            nodes at positions of prompts of another length.
         ConfigError: if `n_pairs` is below 2.
-        TaskError: if nodes are kept at positions and the prompts are not of one length.
     """
     if n_pairs < 2:
         raise ConfigError(f"n_pairs={n_pairs}; effects on fewer than 2 pairs make no test.")
+    circuit.check_lengths(pairs)
     circuit.check_model(model)
     model = hooked(model)
     pairs = some_pairs(pairs, n_pairs, generator=generator)

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_interp.circuit.graph import Circuit
-from sparse_interp.errors import CircuitError
 from sparse_interp.faithfulness.controls import empty_circuit
 from sparse_interp.faithfulness.scores import (
     CONSTANT,
@@ -115,8 +114,9 @@ def robustness_grid(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, or keeps nodes at positions that prompts do not have.
+        CircuitError: if the circuit belongs to other weights, or keeps nodes at positions of prompts of another length.
     """
+    circuit.check_lengths(pairs)
     circuit.check_model(model)
     model = hooked(model)
     pairs = some_pairs(pairs, n_pairs, generator=generator)
@@ -133,11 +133,6 @@ class _Grid:
     """A circuit and the prompts on which it is measured."""
 
     def __init__(self, model: HookedModel, circuit: Circuit, batch: TaskBatch, generator: torch.Generator):
-        if circuit.n_pos is not None and bool((batch.lengths != circuit.n_pos).any()):
-            raise CircuitError(
-                f"this circuit keeps nodes at positions of prompts of {circuit.n_pos} tokens, and these have "
-                f"{int(batch.lengths.min())} to {int(batch.lengths.max())}; give pairs of that length."
-            )
         self.model, self.circuit, self.batch, self.generator = model, circuit, batch, generator
         self.groups, self.cut = groups_of(batch), circuit.cut_edges(model)
         self.empty = empty_circuit(model, circuit).kept

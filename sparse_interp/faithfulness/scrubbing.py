@@ -37,7 +37,7 @@ from sparse_interp.interventions.answers import AnswerLogits, all_answer_logits,
 from sparse_interp.interventions.baselines import values_on
 from sparse_interp.interventions.edges import cutting
 from sparse_interp.model.dense import AnyModel, FwdHooks, HookedModel, hooked
-from sparse_interp.model.sites import Node, Place, flat, places, width
+from sparse_interp.model.sites import Node, Place, flat, places
 from sparse_interp.model.text import evaluating
 from sparse_interp.results import Axes, Interval, Table, bars_with_intervals
 from sparse_interp.tasks.task import TaskBatch, answer_loss, is_correct, kl_divergence
@@ -129,8 +129,9 @@ def scrub(
         si.scrub(model, circuit, {si.Node(1, "v", 0): quote}, pairs, generator=generator)
 
     Where in the prompt something stands is part of a meaning too, for nodes that act there: prompts of one length
-    exchange values position by position. Nodes of the circuit without a claim are resampled as all others are. Of a
-    circuit whose edges were pruned, those that it lacks carry what their source holds in the random other prompt.
+    exchange values position by position. Nodes of the circuit without a claim are resampled as all others are, and so
+    are nodes with one at positions where the circuit has them not. Of a circuit whose edges were pruned, those that it
+    lacks carry what their source holds in the random other prompt.
 
     Args:
         model: the model that the circuit is of, ours or a dense one of TransformerLens.
@@ -142,11 +143,11 @@ def scrub(
         progress: whether to show a progress bar.
 
     Raises:
-        CircuitError: if the circuit belongs to other weights, keeps nodes at positions only, or a claim is about a node
-            that it does not have or that no site of it holds.
+        CircuitError: if the circuit belongs to other weights, keeps nodes at positions of prompts of another length, or
+            a claim is about a node that it does not have or that no site of it holds.
         ConfigError: if `n_draws` is below 1, or no two prompts have the same length.
     """
-    circuit.check_all_positions("causal scrubbing")
+    circuit.check_lengths(pairs)
     circuit.check_model(model)
     _check(circuit, hypothesis, n_draws)
     model, batch = hooked(model), pairs.both_sides()
@@ -251,7 +252,7 @@ class _Scrubbing:
     def __init__(self, model: HookedModel, circuit: Circuit, claims: _Claims, batch: TaskBatch):
         self.model, self.circuit, self.claims = model, circuit, claims
         self.batch = batch.to(model.embed.W_E.device)
-        self.cut = circuit.cut_edges(model)
+        self.cut, self.inside = circuit.cut_edges(model), circuit.inside
         self.rows = [(claims.lengths == n).nonzero().flatten() for n in claims.lengths.unique().tolist()]
         with evaluating(model):
             self.reference = all_answer_logits(model, self.batch)
@@ -292,9 +293,9 @@ class _Scrubbing:
         hooks: FwdHooks = []
         for place in places(self.circuit.cfg, self.circuit.sites):
             nodes = [node for node in kept if Place(node.layer, node.site) == place]
-            inside = torch.zeros(width(self.circuit.cfg, place.site), dtype=torch.bool, device=self.reference.device)
-            channels = torch.tensor([node.channel for node in nodes], dtype=torch.long, device=inside.device)
-            inside[channels] = True
+            channels = torch.tensor([node.channel for node in nodes], dtype=torch.long, device=self.reference.device)
+            own = self.inside[place].to(channels.device)
+            inside = torch.zeros_like(own).index_copy(-1, channels, own[..., channels])
             source = torch.stack([here[node] for node in nodes], 1) if nodes and exchanged else None
             if resampled or source is not None:
                 held = other[place] if resampled else None
@@ -303,19 +304,21 @@ class _Scrubbing:
 
 
 def _scrubbed(
-    inside: Bool[Tensor, " width"],
+    inside: Bool[Tensor, "*pos width"],
     channels: Int[Tensor, " claim"],
     held: Tensor | None,
     source: Int[Tensor, "batch claim"] | None,
     activation: Tensor,
     hook: HookPoint,
 ) -> Tensor:
-    """Channels with a claim take their value from the row that `source` says; all others what is `held`."""
+    """Channels with a claim take their value from the row that `source` says, where they are inside; all others what is
+    `held`."""
     came = flat(activation)
     found = came.clone() if held is None else torch.where(inside, came, fitting(held, came, hook))
     if source is not None:
         rows = source[:, None].expand(-1, came.shape[1], -1)
-        found[..., channels] = came[..., channels].gather(0, rows)
+        exchanged = came[..., channels].gather(0, rows)
+        found[..., channels] = torch.where(inside[..., channels], exchanged, found[..., channels])
     return found.view_as(activation)
 
 

@@ -316,7 +316,7 @@ def test_a_circuit_over_positions_is_audited_on_prompts_of_its_length_and_the_ot
     assert row(table, "KL(model || circuit)", "circuit").value < 1e-3
     assert row(table, "KL(model || circuit)", "circuit").positions == "of its own"
     (shifted,) = table.frame[table.frame.split == "shifted"].itertuples()
-    assert f"at positions of prompts of {n_pos} tokens, and some here have" in shifted.note
+    assert f"at positions of prompts of {n_pos} tokens, and 16 of 16 here have" in shifted.note
     assert not any("shifted" in reason for reason in table.reasons)
 
 

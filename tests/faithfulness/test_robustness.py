@@ -1,6 +1,7 @@
 """Every cell of the grid is what a plain run of that ablation, metric and position gives."""
 
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -8,8 +9,12 @@ import torch
 
 from sparse_interp.circuit.graph import Circuit
 from sparse_interp.errors import CircuitError
+from sparse_interp.faithfulness.completeness import completeness
+from sparse_interp.faithfulness.curves import size_curve
 from sparse_interp.faithfulness.ground_truth import all_nodes
+from sparse_interp.faithfulness.minimality import minimality
 from sparse_interp.faithfulness.robustness import METRICS, POSITIONS, held_at, robustness_grid
+from sparse_interp.faithfulness.scrubbing import scrub
 from sparse_interp.interventions.baselines import mean_activations, zero_values
 from sparse_interp.interventions.edges import edges_among
 from sparse_interp.model.sites import NodeAt, Place, masks
@@ -115,8 +120,9 @@ def test_a_model_that_answers_as_the_empty_circuit_does_restores_nothing_that_co
     assert math.isnan(found.highest("logit difference restored").mean)
 
 
-def test_prompts_of_another_length_than_the_circuits_positions_are_refused(truth, means, generator):
+@pytest.mark.parametrize("test", [completeness, minimality, robustness_grid, size_curve, partial(scrub, hypothesis={})])
+def test_prompts_of_another_length_than_the_circuits_positions_are_refused(test, truth, means, generator):
     pairs = truth.task.batch(6, "test", generator=generator)
     circuit = Circuit.of_nodes(truth.model, [NodeAt(0, "v", 0, 1)], means, n_pos=3)
-    with pytest.raises(CircuitError, match="prompts of 3 tokens"):
-        robustness_grid(truth.model, circuit, pairs, generator=generator)
+    with pytest.raises(CircuitError, match="prompts of 3 tokens, and 6 of 6 here have [78]"):
+        test(truth.model, circuit, pairs=pairs, generator=generator)

@@ -11,7 +11,7 @@ from sparse_interp.faithfulness.scrubbing import Prompt, _Claims, _Scrubbing, sc
 from sparse_interp.interventions.answers import all_answer_logits
 from sparse_interp.interventions.baselines import mean_activations
 from sparse_interp.interventions.edges import edges_among
-from sparse_interp.model.sites import Node, flat, masks
+from sparse_interp.model.sites import Node, NodeAt, flat, masks
 from sparse_interp.tasks.task import answer_loss
 
 
@@ -93,6 +93,20 @@ def test_a_cut_edge_carries_what_its_source_holds_in_another_prompt(truth, means
     cut = {matrix: torch.zeros_like(mask) if matrix.name == "attn.W_O" else mask for matrix, mask in among.items()}
     lacking = Circuit.of_nodes(truth.model, truth.nodes, means, edges=cut)
     assert recovered(truth, lacking, claims, pairs).recovered.mean < 0.7
+
+
+def test_at_positions_a_claim_is_about_those_and_the_others_are_resampled(truth, means, generator):
+    """Where a quote always stands at 3 and is asked for at 6, what a node holds elsewhere means nothing."""
+    pairs = truth.task.batch(96, "test", generator=generator)
+    pairs = pairs.rows((pairs.template == 0).nonzero().flatten())
+    asked, claims = ("attn_write", "final_read"), dict.fromkeys(truth.nodes, kind)
+
+    def circuit(elsewhere=()):
+        spots = [NodeAt(*n, 6 if n.site in asked else 2 if n in elsewhere else 3) for n in truth.nodes]
+        return Circuit.of_nodes(truth.model, spots, means, n_pos=7)
+
+    assert recovered(truth, circuit(), claims, pairs).recovered.mean == pytest.approx(1, abs=1e-3)
+    assert recovered(truth, circuit([Node(1, "v", 0)]), claims, pairs).recovered.mean < 0.8
 
 
 def test_scrubbed_runs_are_those_of_the_recursion_written_out(truth, means, generator):
