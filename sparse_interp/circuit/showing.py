@@ -72,13 +72,6 @@ N_CHANNEL_BINS = 21
 N_STEPS = 200
 """Steps of a search that its curve keeps."""
 
-HEADLINE = {
-    "task loss of circuit": "task loss, circuit",
-    "task loss of model": "task loss, model",
-    "KL(model || circuit)": "KL from model",
-}
-"""What the search measured that heads the page, and the label that it has there."""
-
 PromptValues = list[tuple[list[float], list[float]]]
 """For each prompt of the page, a number per token of it and of its twin."""
 
@@ -488,9 +481,12 @@ def _token_roles(batch: TaskBatch) -> dict[int, str]:
 
 
 def _summary(circuit: Circuit, ends: pd.DataFrame) -> dict[str, str]:
-    """Headline numbers, and the prompts that the measured ones are from."""
+    """Headline numbers, and how many prompts of which split the measured ones are from."""
     lines = {"nodes": f"{circuit.n_nodes:,}", "edges": f"{circuit.n_edges:,}", "token weights": f"{len(ends):,}"}
-    scores = circuit.scores[circuit.scores.measure.isin(HEADLINE)]
-    lines |= {HEADLINE[row.measure]: f"{row.value:.3f} nats" for row in scores.itertuples()}
-    prompts = dict.fromkeys(f"{row.n_prompts:,} {row.split} prompts" for row in scores.itertuples())
-    return lines | ({"measured on": ", ".join(prompts)} if prompts else {})
+    measured = {row.measure: row for row in circuit.scores.itertuples()}
+    ours, models = (measured.get(f"task loss of {what}") for what in ("circuit", "model"))
+    if ours is not None and models is not None:
+        lines["task loss (model's), nats"] = f"{ours.value:.3f} ({models.value:.3f})"
+    if (kl := measured.get("KL(model || circuit)")) is not None:
+        lines |= {"KL from model, nats": f"{kl.value:.3f}", f"{kl.split} prompts": f"{kl.n_prompts:,}"}
+    return lines

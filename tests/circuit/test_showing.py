@@ -57,16 +57,20 @@ def test_a_circuit_of_a_dense_model_is_described_and_drawn_as_that_of_ours(truth
 
 def test_the_headline_says_which_prompts_its_losses_are_from(truth, key_circuit, whole_page):
     batch, _ = whole_page
-    measured = [("task loss of circuit", 0.25, "selection", 512), ("KL(model || circuit)", 0.125, "selection", 512),
-                ("nodes at task loss 0.15", 9.0, "test", 64)]  # fmt: skip
+    measured = [
+        ("task loss of circuit", 0.25, "selection", 512),
+        ("task loss of model", 0.2, "selection", 512),
+        ("KL(model || circuit)", 0.125, "selection", 512),
+        ("nodes at task loss 0.15", 9.0, "test", 64),
+    ]
     scores = pd.DataFrame(measured, columns=["measure", "value", "split", "n_prompts"]).assign(unit="", ablation="")
     known = describe(key_circuit, truth.model, batch.clean, batch)
-    headed, bare = (page(replace(key_circuit, scores=of), truth.model, batch, known) for of in (scores, scores[2:]))
+    headed, bare = (page(replace(key_circuit, scores=of), truth.model, batch, known) for of in (scores, scores[3:]))
     assert list(bare.summary) == ["nodes", "edges", "token weights"]
     assert list(headed.summary.items())[3:] == [
-        ("task loss, circuit", "0.250 nats"),
-        ("KL from model", "0.125 nats"),
-        ("measured on", "512 selection prompts"),
+        ("task loss (model's), nats", "0.250 (0.200)"),
+        ("KL from model, nats", "0.125"),
+        ("selection prompts", "512"),
     ]
 
 
