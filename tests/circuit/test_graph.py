@@ -307,6 +307,9 @@ def test_circuits_over_positions_combine_position_by_position(plain_model, some_
 
     first, second = spots_of(0), spots_of(n_pos)
     a, b = (Circuit.of_nodes(plain_model, spots, means, n_pos=n_pos) for spots in (first, second))
+    every = [NodeAt(*node, pos) for node in some_nodes(plain_model, 1.0) for pos in range(n_pos)]
+    every = {spot for spot in every if spot.site != "final_read" or spot.pos == n_pos - 1}
+    assert set(a.outside) == every - first and len(a.outside) == len(every - first)
     for combined, spots in ((a & b, first & second), (a | b, first | second), (a - b, first - second)):
         anew = Circuit.of_nodes(plain_model, spots, means, n_pos=n_pos)
         assert combined.spots == spots and combined.nodes.equals(anew.nodes)

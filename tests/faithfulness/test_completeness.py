@@ -86,17 +86,18 @@ def divergence(p, q):
     return float((p.exp() * (p - q)).sum())
 
 
-def test_at_positions_a_candidate_is_held_wherever_the_circuit_has_it_not(generator):
-    truth, means = hand_built("backup")
+@pytest.mark.parametrize(("name", "other"), [("quote", Node(0, "neuron", 6)), ("backup", Node(1, "q", 0))])
+def test_at_positions_a_candidate_is_held_wherever_the_circuit_has_it_not(name, other, generator):
+    truth, means = hand_built(name)
     pairs = truth.task.batch(16, "test", generator=generator)
     pairs = pairs.rows((pairs.lengths == pairs.lengths[0]).nonzero().flatten()[:3])
-    n_pos, own = int(pairs.lengths[0]), min(n for n in truth.nodes if n.site == "attn_read")
+    n_pos, own = int(pairs.lengths[0]), min(n for n in truth.nodes if n.site == "v")
 
     def circuit_of(spots):
         return Circuit.of_nodes(truth.model, spots, means, n_pos=n_pos)
 
     circuit = circuit_of([NodeAt(*n, pos) for n in truth.nodes for pos in range(n_pos) if n != own or pos > 1])
-    nodes = [own, Node(1, "q", 0), Node(2, "final_read", truth.channels.index("spare"))]
+    nodes = [own, other, Node(2, "final_read", truth.channels.index("spare"))]
     found = completeness(truth.model, circuit, pairs, candidates=nodes, n_pairs=3, generator=generator, progress=False)
     batch, rows = pairs.both_sides(), found.frame.set_index("name")
     outside, everything = set(circuit.outside), circuit.members | set(circuit.outside)
@@ -112,7 +113,11 @@ def test_at_positions_a_candidate_is_held_wherever_the_circuit_has_it_not(genera
             for spots in (everything, outside)
         )
         assert rows.loc[str(node), ["alone_nats", "removed_nats"]].tolist() == pytest.approx([before, after], abs=1e-5)
-    assert rows.removed_nats[str(nodes[1])] > 0.1
+    whole = circuit_of(spot for spot in everything if spot.node != own)
+    with torch.no_grad(), whole.running(truth.model):
+        everywhere = all_answer_logits(truth.model, batch).double().log_softmax(-1)
+    lost = sum(divergence(*both) for both in zip(run(everything), everywhere, strict=True)) / len(batch)
+    assert lost > 0.1 > rows.alone_nats[str(own)] if name == "quote" else rows.removed_nats[str(other)] > 0.1
     every = completeness(truth.model, circuit, pairs, n_pairs=3, generator=generator, progress=False)
     assert set(every.frame.name) == {str(spot.node) for spot in outside} and own in {spot.node for spot in outside}
 

@@ -48,11 +48,6 @@ def means(truth):
     return mean_activations(truth.model, truth.blocks(32, generator=torch.Generator().manual_seed(0)))
 
 
-def of_one_length(pairs):
-    """The pairs that are as long as the first."""
-    return pairs.rows((pairs.lengths == pairs.lengths[0]).nonzero().flatten())
-
-
 @pytest.fixture
 def key(truth, means):
     return Circuit.of_nodes(truth.model, truth.nodes, means)
@@ -77,22 +72,23 @@ def test_each_size_restores_what_a_plain_ablation_of_the_rest_does(truth, means,
 
 
 def test_at_positions_each_size_restores_what_the_circuit_of_its_first_spots_does(truth, means, generator):
-    pairs = of_one_length(truth.task.batch(24, "test", generator=generator))
+    """A quote that stands at 3 and is asked for at the end: the key there comes first, and then all else."""
+    pairs = truth.task.batch(48, "test", generator=generator)
+    pairs = pairs.rows((pairs.template == 0).nonzero().flatten())
     n_pos, nodes = int(pairs.lengths[0]), sorted(truth.nodes)
-    kept = [NodeAt(*node, n_pos - 1 if node.site == "final_read" else pos) for node in nodes for pos in (2, n_pos - 1)]
-    importance = {spot: float(nodes.index(spot.node)) for spot in kept}
+    kept = [NodeAt(*node, n_pos - 1 if node.site in ("attn_write", "final_read") else 3) for node in nodes]
+    importance = {spot: float(i) for i, spot in enumerate(kept)}
     circuit = Circuit.of_nodes(truth.model, kept, means, n_pos=n_pos, importance=importance)
-    order = [spot for node in reversed(nodes) for spot in sorted(circuit.spots) if spot.node == node]
-    assert ranked(circuit) == order
-    found = size_curve(truth.model, circuit, pairs, generator=generator, progress=False).frame.set_index("n_nodes")
-    batch, restored = pairs.both_sides(), {}
-    for n in [n for n in found.index if n <= len(order)]:
+    assert ranked(circuit) == kept[::-1] and set(circuit.outside).isdisjoint(kept)
+    order = [*kept[::-1], *circuit.outside]
+    found = size_curve(truth.model, circuit, pairs, ranking=order, generator=generator, progress=False)
+    batch, rows = pairs.both_sides(), found.frame.set_index("n_nodes")
+    assert rows.index.tolist() == [round(frac * len(order)) for frac in SIZES]
+    for n in rows.index:
         with Circuit.of_nodes(truth.model, order[:n], means, n_pos=n_pos).running(truth.model):
-            restored[n] = float(logit_difference(all_answer_logits(truth.model, batch), batch).mean())
-    assert len(restored) >= 4 and found.logit_difference[list(restored)].tolist() == pytest.approx(
-        list(restored.values()), abs=1e-5
-    )
-    assert found.index[-1] == len(circuit.members) + len(circuit.outside) and found.faithfulness.iloc[-1] == 1
+            restored = float(logit_difference(all_answer_logits(truth.model, batch), batch).mean())
+        assert rows.logit_difference[n] == pytest.approx(restored, abs=1e-5)
+    assert len(set(rows.logit_difference.round(4))) > 3 and rows.faithfulness.iloc[-1] == pytest.approx(1)
 
 
 def test_the_key_first_is_nearer_to_the_model_than_the_key_last(truth, key, generator):
