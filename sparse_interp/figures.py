@@ -259,11 +259,14 @@ def audit_gap(study: pd.DataFrame, audits: pd.DataFrame) -> Drawn:
     said = "; ".join(
         f"{WORDS[twin]}, {setting}: {row['sum']} of {row['size']}" for (setting, twin), row in found.iterrows()
     )
-    of_models = " and ".join(f"n = {n} tasks of {model}" for model, n in real.model.value_counts().items())
+    all_nodes = frame.groupby("model").all_nodes.max()
+    of_models = " and ".join(
+        f"n = {n} tasks of {model} (all {all_nodes[model]:,} nodes)" for model, n in real.model.value_counts().items()
+    )
     caption = (
         f"Nodes that a search needs for {of_models}, for their nonsense twins, and for the tasks on a re-initialised "
-        "network; hollow, in the grey: no circuit among all "
-        f"{listed(frame.all_nodes)} nodes meets the rule. Searches that end with a circuit: {said}. One search per "
+        "network; hollow, in the grey: no circuit meets the rule, not even all nodes. "
+        f"Searches that end with a circuit: {said}. One search per "
         f"point, seed {listed(frame.seed)}: no interval."
     )
     return Drawn(frame.drop(columns="name"), axes[0], caption)

@@ -9,6 +9,7 @@ are stopped; they are scripts of the repository's folder `benchmarks`, which the
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ STEPS = {
         ("--found", "{work}/discovery", "--page", "{work}/discovery.md", *IN_WORK),
     ),
     "faithful_pruning": Step(
-        script("faithful_pruning", "--share", "quick"),
+        script(*["faithful_pruning", "--share", "full", "--kind", "bundled", "--setting"], "task loss", "agreement"),
         ("faithful_pruning.csv",),
         ("--cells", "{work}/faithful_pruning", *IN_WORK),
     ),
@@ -130,7 +131,7 @@ def read(results: Path, file: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 def making(file: str) -> str:
     """The command that makes a file."""
-    return next(" ".join(step.command) for step in STEPS.values() if file in step.writes)
+    return next(shlex.join(step.command) for step in STEPS.values() if file in step.writes)
 
 
 def seed_of(said: dict[str, Any]) -> int:
@@ -171,7 +172,7 @@ class Figure:
     @property
     def commands(self) -> list[str]:
         """What a reader types to make its tables."""
-        return [" ".join(STEPS[name].command) for name in self.steps]
+        return [shlex.join(STEPS[name].command) for name in self.steps]
 
 
 def _density_and_size(results: Path) -> Drawn:
